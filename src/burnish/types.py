@@ -1,0 +1,250 @@
+"""The nouns of burnish: rows become conversations, conversations samples, samples batches, batches a step.
+
+This module imports nothing of ours and, at run time, no torch, so that data workers stay light.
+Shape suffixes, here and everywhere: T tokens of a pack, D hidden size, K trained tokens of a pack, N documents, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+
+class UserError(Exception):
+    """Something its reader can mend: the message says what, where, by which rule and how; no traceback is shown."""
+
+
+class RowError(UserError):
+    """A row that cannot be trained on; the message is the reason alone, whoever knows the file and line adds them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call an assistant makes; `arguments` is the parsed object, as chat templates expect it."""
+
+    name: str
+    arguments: Any
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One normalised message.
+
+    `role` is system, user, assistant, tool or a role that the model's own template knows (developer, ...).
+    `weight` is None where the row is silent, so that `data.train_on` decides.
+    `extra` keeps the row's other keys, which templates may read.
+    """
+
+    role: str
+    content: str = ""
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    weight: float | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A chat row: messages, the tool schemas offered to the model, and arguments for the template from the row itself."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RawText:
+    """A row that is no chat: one string, of which all (`prompt` empty) or only the completion is trained."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """A row that comes tokenised: ids and the weight with which each is predicted, both of one length."""
+
+    tokens: np.ndarray
+    loss_weights: np.ndarray
+
+
+class Status(enum.StrEnum):
+    """Where a sample's text ended, in RL's words; a cut SFT row is TRUNCATED."""
+
+    PENDING = "pending"
+    COMPLETE = "complete"
+    TRUNCATED = "truncated"
+    ABORTED = "aborted"
+    FAILED = "failed"
+
+
+@dataclass(slots=True)
+class Sample:
+    """One training sequence.
+
+    `tokens` is int32 [L]; `loss_weights` is float32 [L], the weight with which token i is predicted, so index 0 is 0.
+    `index` counts the rows of the source `source` from 0. The fields from `advantages` on are RL's.
+    """
+
+    tokens: np.ndarray
+    loss_weights: np.ndarray
+    source: str = ""
+    index: int = 0
+    status: Status = Status.COMPLETE
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    label: Any = None
+    advantages: np.ndarray | None = None
+    logprobs: np.ndarray | None = None
+    weight_version: int | None = None
+    reward: float | None = None
+    prompt: str | None = None
+    response: str | None = None
+    group: int | None = None
+
+    @property
+    def id(self) -> str:
+        return f"{self.source}:{self.index}"
+
+    @property
+    def num_trained(self) -> int:
+        return int(np.count_nonzero(self.loss_weights))
+
+    @property
+    def response_length(self) -> int:
+        """Tokens from the first trained one to the end; 0 where nothing is trained."""
+        trained = np.flatnonzero(self.loss_weights)
+        return len(self.tokens) - int(trained[0]) if trained.size else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Where the documents of a pack begin and end: document n is tokens [cu_seqlens[n], cu_seqlens[n+1])."""
+
+    cu_seqlens: torch.Tensor  # int32 [N+1], on the model's device
+    lengths: tuple[int, ...]  # the same on the host, so that no kernel launch waits for the device
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The packed tensors of one forward and backward on one data rank.
+
+    Token i of the pack is predicted from the hidden state at i-1, so `trained_K` holds the positions whose *next*
+    token is trained and `targets_K` those tokens. `weights_K` is already scaled by the step's normalisation: the step's
+    loss is sum(weights_K * l_K) over all batches, divided by `StepInput.denominator`.
+    """
+
+    tokens_T: torch.Tensor  # int64
+    positions_T: torch.Tensor  # int64, restarts at every document
+    documents: Documents
+    trained_K: torch.Tensor  # int64, indices into T
+    targets_K: torch.Tensor  # int64
+    weights_K: torch.Tensor  # float32
+    raw_weights_K: torch.Tensor  # float32, before normalisation: what metrics are averaged by
+    sources_K: torch.Tensor  # int64, index into `sources`
+    sources: tuple[str, ...]
+    samples: tuple[Sample, ...]  # in the order of the documents
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.documents.lengths)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`; host facts are shared."""
+        documents = Documents(self.documents.cu_seqlens.to(device, non_blocking=True), self.documents.lengths)
+        names = ("tokens_T", "positions_T", "trained_K", "targets_K", "weights_K", "raw_weights_K", "sources_K")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return Batch(**moved, documents=documents, sources=self.sources, samples=self.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One optimizer step: `batches[data_rank][micro]`, and what must be known of the whole step before any of it runs."""
+
+    batches: list[list[Batch]]
+    denominator: float  # of the loss: sum of weights (token) or samples with a positive sum (sample)
+    num_samples: int
+    num_tokens: int
+    num_trained_tokens: int
+    capacity: int  # tokens the micro-batches could have held; num_tokens / capacity is the packing fill
+    num_padding: int  # token slots computed for nothing
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """What one sweep of the lm head says of each trained token. Gradients flow through the first three."""
+
+    logprobs_K: torch.Tensor  # float32: log p(target)
+    logsumexp_K: torch.Tensor  # float32: log of the softmax denominator (z-loss)
+    mean_logprobs_K: torch.Tensor  # float32: mean over the vocabulary of log p (label smoothing)
+    entropy_K: torch.Tensor  # float32, nats
+    is_top1_K: torch.Tensor  # bool
+
+
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    """A statistic as a sum and the weight it must be averaged by; values may be tensors that are still on the device."""
+
+    sum: Any
+    weight: Any
+
+    def __add__(self, other: Weighted) -> Weighted:
+        return Weighted(self.sum + other.sum, self.weight + other.weight)
+
+    @property
+    def mean(self) -> float:
+        return float(self.sum) / float(self.weight)
+
+
+Stats = dict[str, Weighted]
+
+
+class Source(Protocol):
+    """Where samples come from: rows of a file (SFT), rollouts of an engine (RL), a user's own function."""
+
+    def next(self) -> list[Sample]:
+        """The samples of the next optimizer step. Raises StopIteration when there are no more."""
+        ...
+
+    def update(self, trainer: Trainer) -> None:
+        """Called after each step. SFT: nothing. RL: publish the new weights to the engine."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON: the cursor after the last batch that `next` returned."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Loss(Protocol):
+    """A pure function of the scores of a pack: the sum of weighted losses, and statistics to report."""
+
+    def __call__(self, scores: TokenScores, batch: Batch) -> tuple[torch.Tensor, Stats]: ...
+
+
+class Trainer(Protocol):
+    """Five verbs; a layout is an implementation of them."""
+
+    def step(self, inputs: StepInput) -> Stats: ...
+
+    def evaluate(self, inputs: StepInput) -> Stats: ...
+
+    def save(self, folder: str, state: dict[str, Any]) -> None: ...
+
+    def load(self, folder: str) -> None: ...
+
+    def publish(self) -> Mapping[str, torch.Tensor]: ...
