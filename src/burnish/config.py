@@ -115,7 +115,16 @@ def _source(value: Any) -> Any:
 
 
 def _sources(value: Any) -> Any:
-    return [value] if isinstance(value, str | dict) else value
+    # Strict models take a tuple alone once a validator of ours has touched the JSON.
+    return (value,) if isinstance(value, str | dict) else tuple(value) if isinstance(value, list) else value
+
+
+def _validation(value: Any) -> Any:
+    if isinstance(value, int | float):
+        if not isinstance(value, bool) and 0 < value < 1:
+            return value
+        raise ValueError("as a number it is the fraction of training rows to hold out, between 0 and 1; set 0.01, or a list of sources")
+    return _sources(value)
 
 
 SourceEntry = Annotated[SourceConfig, BeforeValidator(_source)]
@@ -138,7 +147,7 @@ TrainOn = Literal["assistant", "last", "all"] | LastTurns | Roles
 class DataConfig(Section):
     train: Sources = ()
     """Training sources; a bare path stands for {path: ...}."""
-    validation: Annotated[float, Field(gt=0, lt=1)] | Sources = ()
+    validation: Annotated[float | Sources, BeforeValidator(_validation)] = ()
     """Held-out sources, or the fraction of training rows to hold out."""
     max_length: Positive | None = None
     """Longest row, tokens; null leaves the model's maximum and the micro-batch budget."""
@@ -508,7 +517,7 @@ def validate(section: type[SectionType], tree: Any) -> SectionType:
 
 
 def _faults(section: type[Section], error: ValidationError) -> list[str]:
-    # A union reports each of its members; the deepest, most specific complaint of one place is the one to show.
+    # A union reports the complaints of each of its members; those of the deepest place are the ones to show.
     by_place: dict[str, list[str]] = {}
     for fault in error.errors(include_url=False):
         keys = _place(section, fault["loc"])
