@@ -56,7 +56,7 @@ class ModelConfig(Section):
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; null takes the model's own."""
     implementation: Literal["auto", "native", "transformers"] = "auto"
-    """Whose modules run: ours for Llama, Qwen2 and Qwen3, those of transformers for any other; auto takes ours where it can."""
+    """Whose modules run: native for Llama, Qwen2 and Qwen3, those of transformers for others; auto prefers native."""
     attention: Literal["auto", "sdpa", "varlen"] = "auto"
     """Attention kernel: varlen needs CUDA, sdpa runs one call a document; auto takes varlen on CUDA."""
     trust_remote_code: bool = False
@@ -68,8 +68,10 @@ class ModelConfig(Section):
     def _one_start(self) -> ModelConfig:
         if (self.path is None) == (self.init is None):
             given = "neither is set" if self.path is None else f"both are set ({self.path}, {self.init})"
-            raise ValueError(f"exactly one of model.path and model.init says where weights come from, and {given}; "
-                             "set model.path to a folder or hub id, or model.init to a config.json")
+            raise ValueError(
+                f"exactly one of model.path and model.init says where weights come from, and {given}; "
+                "set model.path to a folder or hub id, or model.init to a config.json"
+            )
         if self.init is not None and self.tokenizer is None and self.init.endswith(".json"):
             raise ValueError(f"model.init={self.init} brings no tokenizer; set model.tokenizer to a tokenizer folder")
         return self
@@ -77,11 +79,11 @@ class ModelConfig(Section):
 
 class SourceConfig(Section):
     path: str
-    """A .jsonl, .json or .parquet file, a folder or glob of them, a saved `datasets` folder or a hub name; may end in @[a:b]."""
+    """A .jsonl, .json or .parquet file, a folder or glob of them, a `datasets` folder or hub name; may end in @[a:b]."""
     name: str | None = None
     """The name in metrics and messages; null takes the file's."""
     format: Literal["auto", "messages", "prompt", "instruction", "sharegpt", "text", "tokens"] = "auto"
-    """The shape of the rows: messages, prompt/completion, instruction fields, ShareGPT, plain text or pre-tokenised ids."""
+    """Shape of the rows: messages, prompt/completion, instruction fields, ShareGPT, plain text, pre-tokenised ids."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Share of the mixture; null means all rows once an epoch."""
     slice: str | None = None
@@ -123,7 +125,10 @@ def _validation(value: Any) -> Any:
     if isinstance(value, int | float):
         if not isinstance(value, bool) and 0 < value < 1:
             return value
-        raise ValueError("as a number it is the fraction of training rows to hold out, between 0 and 1; set 0.01, or a list of sources")
+        raise ValueError(
+            "as a number it is the fraction of training rows to hold out, between 0 and 1; "
+            "set 0.01, or a list of sources"
+        )
     return _sources(value)
 
 
@@ -152,11 +157,11 @@ class DataConfig(Section):
     max_length: Positive | None = None
     """Longest row, tokens; null leaves the model's maximum and the micro-batch budget."""
     over_long: Literal["error", "drop", "truncate"] = "error"
-    """What happens to a row longer than the least of data.max_length, the model's maximum and the micro-batch budget."""
+    """A row longer than the least of data.max_length, the model's maximum and the micro-batch budget: stop, drop or cut."""
     truncate_side: Literal["right", "left", "turns"] = "right"
-    """Which end a cut removes: right the end, left the beginning behind the system turn, turns whole turns from the end."""
+    """What a cut removes: right the end, left the beginning behind the system turn, turns whole turns from the end."""
     train_on: TrainOn = "assistant"
-    """What is trained in a chat: assistant | last | {last_n: 2} | all | {roles: [...]}; a message's own weight goes on top."""
+    """What is trained in a chat: assistant | last | {last_n: 2} | all | {roles: [...]}; a message's weight goes on top."""
     bad_rows: Literal["error", "drop"] = "error"
     """What happens to a row that cannot be read or has nothing to train."""
     shuffle: bool = True
@@ -164,11 +169,11 @@ class DataConfig(Section):
     prepare: Literal["ahead", "first"] = "ahead"
     """Tokenise ahead of training, or every row before step 1."""
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    """Processes that tokenise; 0 does it in the main process, auto takes the cores but one, at most 8."""
+    """Processes that tokenise; 0 does it in the main process, auto takes all cores but one, at most 8."""
     cache: str | None = None
-    """Folder that keeps tokenised rows between runs, keyed by content, template, tokenizer and code; null keeps none."""
+    """Folder that keeps tokenised rows between runs, by content, template, tokenizer and code; null keeps none."""
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
-    """What templates that print today's date see (YYYY-MM-DD); null is the day of the first start, saved with the run."""
+    """The day that templates which print today's date see (YYYY-MM-DD); null is that of the first start, saved."""
     chat_template: str | None = None
     """File of a Jinja chat template that replaces the tokenizer's; exported with the model."""
     chat_template_kwargs: dict[str, Any] = {}
@@ -183,14 +188,16 @@ class BatchConfig(Section):
     tokens_per_micro_batch: Positive = 16384
     """Token budget of one data rank's micro-batch, never exceeded."""
     packing: Literal["auto", "require", "off"] = "auto"
-    """auto packs where the start-up probe proves that documents cannot see each other; require makes its failure an error."""
+    """auto packs where the start-up probe proves that documents cannot see each other; require insists on it."""
 
     @model_validator(mode="after")
     def _one_size(self) -> BatchConfig:
         if self.tokens is not None and self.samples is not None:
             if "samples" in self.model_fields_set:
-                raise ValueError(f"batch.samples={self.samples} and batch.tokens={self.tokens} both set the batch size; "
-                                 "set one of them to null")
+                raise ValueError(
+                    f"batch.samples={self.samples} and batch.tokens={self.tokens} both set the batch size; "
+                    "set one of them to null"
+                )
         elif self.tokens is None and self.samples is None:
             raise ValueError("batch.samples=null and batch.tokens=null leave no batch size; set one of them")
         return self
@@ -216,7 +223,7 @@ class OptimConfig(Section):
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay, times the learning rate."""
     no_decay: tuple[str, ...] | None = None
-    """Parameters without weight decay, as shell patterns; null means all with fewer than two dimensions (norms, biases)."""
+    """Parameters without weight decay, as shell patterns; null means those with fewer than two dimensions."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest global gradient norm; null clips nothing."""
     schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "cosine"
@@ -233,7 +240,9 @@ class OptimConfig(Section):
     @model_validator(mode="after")
     def _min_below_peak(self) -> OptimConfig:
         if self.min_lr > self.lr:
-            raise ValueError(f"optim.min_lr={self.min_lr:g} is above the peak optim.lr={self.lr:g}; set it to {self.lr:g} or less")
+            raise ValueError(
+                f"optim.min_lr={self.min_lr:g} is above the peak optim.lr={self.lr:g}; set it to {self.lr:g} or less"
+            )
         return self
 
 
@@ -251,8 +260,10 @@ class PrecisionConfig(Section):
     def _master_holds_compute(self) -> PrecisionConfig:
         order = ("bf16", "fp32", "fp64")
         if order.index(self.master) < order.index(self.compute):
-            raise ValueError(f"precision.master={self.master} is coarser than precision.compute={self.compute}; "
-                             f"set precision.master to {self.compute} or precision.compute to {self.master}")
+            raise ValueError(
+                f"precision.master={self.master} is coarser than precision.compute={self.compute}; "
+                f"set precision.master to {self.compute} or precision.compute to {self.master}"
+            )
         return self
 
 
@@ -264,7 +275,7 @@ class TrainConfig(Section):
     loss: Literal["token", "sample"] = "token"
     """Mean over all trained tokens of a step, or over samples of each one's mean."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations to drop and compute again in backward: none, all but matrix products and attention, or whole blocks."""
+    """Activations computed again in backward: none, all but matrix products and attention, or whole blocks."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile of each block; auto does it on CUDA."""
     neftune_alpha: NonNegative | None = None
@@ -274,7 +285,7 @@ class TrainConfig(Section):
     z_loss: NonNegative = 0.0
     """Weight of log(Z)^2, which keeps logits from drifting (arXiv 2204.02311)."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """After a step whose loss or gradient is not finite (its update never reaches the weights): stop, or go on without it."""
+    """After a step whose loss or gradient is not finite (the weights never take it): stop, or go on without it."""
     memory_check: bool = True
     """Before step 1 run a full micro-batch at the longest known row and throw its gradients away."""
 
@@ -311,7 +322,7 @@ class CheckpointConfig(Section):
     keep_best: bool = False
     """Also keep the checkpoint with the lowest held-out loss, and export that one."""
     resume: str = "auto"
-    """auto goes on from the run folder's newest checkpoint, `never` starts anew in an empty folder, a path names a checkpoint."""
+    """auto goes on from the folder's newest checkpoint, `never` wants an empty folder, a path names a checkpoint."""
     export: Literal["end", "save", "never"] = "end"
     """Write a Hugging Face folder at the end, at every save, or never."""
     export_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -338,7 +349,10 @@ class ParallelConfig(Section):
     def _one_process(self) -> ParallelConfig:
         for name in type(self).model_fields:
             if getattr(self, name) > 1:
-                raise ValueError(f"parallel.{name}={getattr(self, name)}: this version trains on one process; set parallel.{name} to 1")
+                raise ValueError(
+                    f"parallel.{name}={getattr(self, name)}: this version trains on one process; "
+                    f"set parallel.{name} to 1"
+                )
         return self
 
 
@@ -387,25 +401,40 @@ class Recipe(Section):
     def _possible(self) -> Recipe:
         streams = [s for s in self.data.train if s.streaming]
         if streams and self.train.steps is None:
-            raise ValueError(f"data.train source {streams[0].path} is streamed, so an epoch has no known end; set train.steps")
+            raise ValueError(
+                f"data.train source {streams[0].path} is streamed, so an epoch has no known end; set train.steps"
+            )
         if streams and isinstance(self.data.validation, float):
-            raise ValueError(f"data.validation={self.data.validation} cannot be split from the streamed source {streams[0].path}; "
-                             "name validation files instead")
+            raise ValueError(
+                f"data.validation={self.data.validation} cannot be split from the streamed source {streams[0].path}; "
+                "name validation files instead"
+            )
         if self.data.prepare == "first" and streams:
-            raise ValueError(f"data.prepare=first needs rows that end, and {streams[0].path} is streamed; set data.prepare to ahead")
+            raise ValueError(
+                f"data.prepare=first needs rows that end, and {streams[0].path} is streamed; set data.prepare to ahead"
+            )
         weights = [s.weight for s in self.data.train if s.weight is not None]
         if weights and len(weights) == len(self.data.train) and self.train.steps is None:
-            raise ValueError("every source of data.train has a weight, so the mixture has no end; "
-                             "set train.steps, or weight: null on the source whose rows make an epoch")
+            raise ValueError(
+                "every source of data.train has a weight, so the mixture has no end; "
+                "set train.steps, or weight: null on the source whose rows make an epoch"
+            )
         if weights and len(weights) < len(self.data.train) and math.fsum(weights) >= 1:
-            raise ValueError(f"data.train weights sum to {math.fsum(weights):g}; beside a source without weight they are shares of the "
-                             "mixture and must sum to less than 1")
+            raise ValueError(
+                f"data.train weights sum to {math.fsum(weights):g}; beside a source without weight "
+                "they are shares of the mixture and must sum to less than 1"
+            )
         if streams and any(s.weight is None for s in self.data.train) and len(self.data.train) > 1:
-            raise ValueError(f"data.train mixes the stream {streams[0].path} with other sources; give every source a weight")
-        # Read as an attribute, so that an explicit null in the recipe is honoured and a held-out source is required.
+            raise ValueError(
+                f"data.train mixes the stream {streams[0].path} with other sources; give every source a weight"
+            )
         needs_validation = [
-            name for name, asked in (("checkpoint.keep_best", self.checkpoint.keep_best),
-                                     ("evaluate.early_stopping", self.evaluate.early_stopping)) if asked
+            name
+            for name, asked in (
+                ("checkpoint.keep_best", self.checkpoint.keep_best),
+                ("evaluate.early_stopping", self.evaluate.early_stopping),
+            )
+            if asked
         ]
         if needs_validation and (not self.data.validation or self.evaluate.every is None):
             raise ValueError(f"{needs_validation[0]} needs a held-out loss; set data.validation and evaluate.every")
@@ -420,10 +449,14 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[-1] in ("null", "int", "merge")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?((\d[\d_]*\.[\d_]*|\.\d+)([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    re.compile(
+        r"^[-+]?((\d[\d_]*\.[\d_]*|\.\d+)([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
     list("-+.0123456789"),
 )
 
@@ -467,7 +500,9 @@ def apply_override(tree: dict[str, Any], override: str) -> dict[str, Any]:
         here = f"{done}.{key}".lstrip(".")
         if isinstance(node, list):
             if not key.isdigit() or int(key) >= len(node):
-                raise RecipeError(f"override {override!r}: {done} has {len(node)} items; {key!r} must be 0 to {len(node) - 1}")
+                raise RecipeError(
+                    f"override {override!r}: {done} has {len(node)} items; {key!r} must be 0 to {len(node) - 1}"
+                )
             return [set_at(item, rest, here) if i == int(key) else item for i, item in enumerate(node)]
         if node is None:
             node = {}
@@ -487,10 +522,15 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     file = Path(path)
     if not file.is_file():
-        raise RecipeError(f"recipe {file} does not exist; give the path of a YAML file, such as examples/quickstart.yaml")
+        raise RecipeError(
+            f"recipe {file} does not exist; give the path of a YAML file, such as examples/quickstart.yaml"
+        )
     tree = parse_yaml(file.read_text(encoding="utf-8"), str(file))
     if tree is not None and not isinstance(tree, dict):
-        raise RecipeError(f"recipe {file} is a {type(tree).__name__}; it must be a mapping with the keys {', '.join(Recipe.model_fields)}")
+        raise RecipeError(
+            f"recipe {file} is a {type(tree).__name__}; it must be a mapping with the keys "
+            + ", ".join(Recipe.model_fields)
+        )
     return recipe_from_dict(tree or {}, overrides)
 
 
@@ -510,7 +550,11 @@ def validate(section: type[SectionType], tree: Any) -> SectionType:
         return section.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         faults = _faults(section, error)
-        lines = faults if len(faults) == 1 else [f"{len(faults)} faults in the recipe:", *(f"  {fault}" for fault in faults)]
+        lines = (
+            faults
+            if len(faults) == 1
+            else [f"{len(faults)} faults in the recipe:", *(f"  {fault}" for fault in faults)]
+        )
         raise RecipeError("\n".join(lines)) from None
     except TypeError as error:
         raise RecipeError(f"recipe: {error}; use plain YAML values") from None
@@ -539,8 +583,11 @@ def _place(section: type[Section], loc: tuple[int | str, ...]) -> list[str]:
         if owner is not None:
             node = owner.model_fields[part].annotation
             keys.append(part)
-        elif part == loc[-1] and not re.search(r"[\[\]()]|^(int|float|str|bool|constrained|tuple|literal|function)", part) \
-                and not any(part == m.__name__ for m in members):
+        elif (
+            part == loc[-1]
+            and not re.search(r"[\[\]()]|^(int|float|str|bool|constrained|tuple|literal|function)", part)
+            and not any(part == m.__name__ for m in members)
+        ):
             keys.append(part)
     return keys
 
@@ -569,7 +616,9 @@ def _fault(section: type[Section], keys: list[str], fault: Any) -> str:
         return f"{name}: missing; {_doc(section, keys)}"
     if fault["type"] == "value_error":
         message = str(fault["ctx"]["error"])
-        return message if re.match(r"[a-z_]+\.[a-z_]+|exactly one|every source", message) else f"{name}={shown}: {message}"
+        return (
+            message if re.match(r"[a-z_]+\.[a-z_]+|exactly one|every source", message) else f"{name}={shown}: {message}"
+        )
     message = fault["msg"][0].lower() + fault["msg"][1:]
     return f"{name}={shown}: {message.replace('input should be', 'must be')}"
 
@@ -609,7 +658,9 @@ def type_text(annotation: Any) -> str:
         return "{" + ", ".join(annotation.model_fields) + "}" if len(annotation.model_fields) == 1 else "section"
     if origin is dict:
         return "mapping"
-    return {"str": "text", "bool": "true | false"}.get(getattr(annotation, "__name__", ""), getattr(annotation, "__name__", str(annotation)))
+    return {"str": "text", "bool": "true | false"}.get(
+        getattr(annotation, "__name__", ""), getattr(annotation, "__name__", str(annotation))
+    )
 
 
 def help_text() -> str:
@@ -630,7 +681,10 @@ def help_text() -> str:
 
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, for editors."""
-    return Recipe.model_json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "burnish recipe"}
+    return Recipe.model_json_schema() | {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "burnish recipe",
+    }
 
 
 def dump(recipe: Recipe) -> str:

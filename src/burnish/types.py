@@ -152,8 +152,8 @@ class Batch:
     documents: Documents
     trained_K: torch.Tensor  # int64, indices into T
     targets_K: torch.Tensor  # int64
-    weights_K: torch.Tensor  # float32
-    raw_weights_K: torch.Tensor  # float32, before normalisation: what metrics are averaged by
+    weights_K: torch.Tensor  # float64, so that no normalisation is rounded before the loss casts it
+    raw_weights_K: torch.Tensor  # float64, before normalisation: what metrics are averaged by
     sources_K: torch.Tensor  # int64, index into `sources`
     sources: tuple[str, ...]
     samples: tuple[Sample, ...]  # in the order of the documents
