@@ -50,7 +50,9 @@ def chatml_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    words = "the quick brown fox jumps over a lazy dog while system user assistant answer questions about numbers".split()
+    words = (
+        "the quick brown fox jumps over a lazy dog while system user assistant answer questions about numbers".split()
+    )
     tokenizer.train_from_iterator([" ".join(words[i:] + words[:i]) for i in range(len(words))], trainer)
     folder = tmp_path_factory.mktemp("chatml-tokenizer")
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -68,7 +70,9 @@ def chatml_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_config(family: str = "qwen3", **changes: object) -> dict[str, object]:
     """A config.json of a model with some ten thousand parameters: llama, qwen2 or qwen3."""
     config: dict[str, object] = {
-        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]],
+        "architectures": [
+            {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]
+        ],
         "model_type": family,
         "vocab_size": 512,
         "hidden_size": 32,

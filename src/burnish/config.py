@@ -79,7 +79,7 @@ class ModelConfig(Section):
 
 class SourceConfig(Section):
     path: str
-    """A .jsonl, .json or .parquet file, a folder or glob of them, a `datasets` folder or hub name; may end in @[a:b]."""
+    """A .jsonl, .json or .parquet file, a folder or glob of them, a `datasets` folder or hub name; @[a:b] slices."""
     name: str | None = None
     """The name in metrics and messages; null takes the file's."""
     format: Literal["auto", "messages", "prompt", "instruction", "sharegpt", "text", "tokens"] = "auto"
@@ -157,11 +157,11 @@ class DataConfig(Section):
     max_length: Positive | None = None
     """Longest row, tokens; null leaves the model's maximum and the micro-batch budget."""
     over_long: Literal["error", "drop", "truncate"] = "error"
-    """A row longer than the least of data.max_length, the model's maximum and the micro-batch budget: stop, drop or cut."""
+    """A row longer than the least of data.max_length, the model's maximum and the budget: stop, drop or cut it."""
     truncate_side: Literal["right", "left", "turns"] = "right"
     """What a cut removes: right the end, left the beginning behind the system turn, turns whole turns from the end."""
     train_on: TrainOn = "assistant"
-    """What is trained in a chat: assistant | last | {last_n: 2} | all | {roles: [...]}; a message's weight goes on top."""
+    """What is trained of a chat: assistant | last | {last_n: 2} | all | {roles: [...]}; message weights go on top."""
     bad_rows: Literal["error", "drop"] = "error"
     """What happens to a row that cannot be read or has nothing to train."""
     shuffle: bool = True

@@ -1,7 +1,7 @@
 """The nouns of burnish: rows become conversations, conversations samples, samples batches, batches a step.
 
 This module imports nothing of ours and, at run time, no torch, so that data workers stay light.
-Shape suffixes, here and everywhere: T tokens of a pack, D hidden size, K trained tokens of a pack, N documents, V vocabulary.
+Shape suffixes: T tokens and K trained tokens of a pack, N its documents, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A chat row: messages, the tool schemas offered to the model, and arguments for the template from the row itself."""
+    """A chat row: messages, the tool schemas offered to the model, and the row's own template arguments."""
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] | None = None
@@ -172,7 +172,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """One optimizer step: `batches[data_rank][micro]`, and what must be known of the whole step before any of it runs."""
+    """One optimizer step: `batches[data_rank][micro]`, and what must be known of all of it before any of it runs."""
 
     batches: list[list[Batch]]
     denominator: float  # of the loss: sum of weights (token) or samples with a positive sum (sample)
@@ -196,7 +196,7 @@ class TokenScores:
 
 @dataclass(frozen=True, slots=True)
 class Weighted:
-    """A statistic as a sum and the weight it must be averaged by; values may be tensors that are still on the device."""
+    """A statistic as a sum and the weight it must be averaged by; both may be tensors still on the device."""
 
     sum: Any
     weight: Any

@@ -1,0 +1,222 @@
+"""The trainer of a world of one process: the five verbs over one model, one optimizer and one device.
+
+Parameters are the master weights; around every forward and backward a copy in the compute type stands in their place,
+so that gradients arrive in the master's type whatever runs in between. The loop, the data and the files are elsewhere.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from burnish.config import OptimConfig
+from burnish.data.order import seed_from
+from burnish.model.lm_head import score
+from burnish.train.checkpoint import load_checkpoint, save_checkpoint
+from burnish.train.optim import build_optimizer, clip_gradients, learning_rate
+from burnish.types import Batch, Loss, Sample, Stats, StepInput, TokenScores, UserError, Weighted
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+class Clock(Protocol):
+    """Times a named part of a step: a context manager by name."""
+
+    def __call__(self, name: str) -> Any: ...
+
+
+@dataclass
+class LocalTrainer:
+    """Trains `model` on `device`; the model's parameters are already of the master type and on the device.
+
+    `clock` times forward_backward and optimizer; `neftune_alpha` adds noise drawn from (seed, step, sample).
+    """
+
+    model: Any
+    loss: Loss
+    evaluation_loss: Loss
+    optim: OptimConfig
+    total_steps: int
+    compute: torch.dtype
+    states: str = "fp32"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    seed: int = 42
+    neftune_alpha: float | None = None
+    clock: Clock = lambda name: nullcontext()
+    num_steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.parameters: dict[str, nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise UserError("model.freeze freezes every parameter; leave at least one to train")
+        self.optimizer = build_optimizer(self.parameters, self.optim, self.states, self.seed)
+
+    def step(self, inputs: StepInput) -> Stats:
+        """One optimizer step; the update is withheld on the device where the loss or the gradient is not finite."""
+        step = self.num_steps + 1
+        self.optimizer.zero_grad()
+        with self.clock("forward_backward"):
+            stats = self._accumulate(inputs, step)
+        with self.clock("optimizer"):
+            grad_norm = clip_gradients(list(self.parameters.values()), self.optim.clip_norm)
+            finite = torch.isfinite(grad_norm) & torch.isfinite(torch.as_tensor(stats["loss"].sum))
+            rate = learning_rate(self.optim, step, self.total_steps)
+            self.optimizer.step(rate, finite)
+        self.num_steps = step
+        one = torch.ones(())
+        return stats | {
+            "grad_norm": Weighted(grad_norm.detach(), one),
+            "lr": Weighted(torch.tensor(rate), one),
+            "nonfinite_steps": Weighted((~finite).float(), one),
+        }
+
+    def _accumulate(self, inputs: StepInput, step: int) -> Stats:
+        stats: Stats = {}
+        with self.compute_parameters():
+            for micro in inputs.batches[0]:
+                batch = micro.to(self.device)
+                loss_sum, micro_stats = self.loss(self._scores(batch, step), batch)
+                (loss_sum / inputs.denominator).backward()
+                stats = merge(stats, micro_stats)
+        return stats
+
+    def _scores(self, batch: Batch, step: int | None = None) -> TokenScores:
+        noise_TD = None if step is None or not self.neftune_alpha else self._noise(batch.samples, step)
+        hidden_TD = self.model(batch.tokens_T, batch.positions_T, batch.documents, noise_TD)
+        return score(hidden_TD[batch.trained_K], self.model.head(), batch.targets_K)
+
+    def _noise(self, samples: Sequence[Sample], step: int) -> torch.Tensor:
+        """NEFTune's noise [T, D]: uniform in +-alpha / sqrt(L*D), drawn anew for each (seed, step, sample)."""
+        assert self.neftune_alpha is not None
+        size = self.model.config["hidden_size"]
+        generator = torch.Generator(self.device)
+        parts = []
+        for sample in samples:
+            generator.manual_seed(seed_from(self.seed, step, zlib.crc32(sample.source.encode()), sample.index) >> 1)
+            uniform_LD = torch.rand(len(sample.tokens), size, generator=generator, device=self.device) * 2 - 1
+            parts.append(uniform_LD * (self.neftune_alpha / (len(sample.tokens) * size) ** 0.5))
+        return torch.cat(parts).to(self.compute)
+
+    def rehearse(self, inputs: StepInput) -> None:
+        """Forward and backward of the first micro-batch, gradients thrown away: what memory it needs shows before step 1."""
+        with self.compute_parameters():
+            batch = inputs.batches[0][0].to(self.device)
+            loss_sum, _ = self.loss(self._scores(batch, 0), batch)
+            (loss_sum / inputs.denominator).backward()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def evaluate(self, inputs: StepInput) -> Stats:
+        """Statistics over `inputs` with the plain evaluation loss; weights and gradients stay as they are."""
+        stats: Stats = {}
+        with self.compute_parameters():
+            for micro in inputs.batches[0]:
+                batch = micro.to(self.device)
+                stats = merge(stats, self.evaluation_loss(self._scores(batch), batch)[1])
+        return stats
+
+    def compute_parameters(self) -> Any:
+        """A context in which the model's parameters are of the compute type and pass gradients to the masters."""
+        return cast_parameters(self.model, self.compute)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything a resume needs that is a tensor, by the name it has in a checkpoint. Tied weights appear once."""
+        model = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
+        optimizer = {f"optim.{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
+        return model | optimizer
+
+    def save(self, folder: str, state: dict[str, Any]) -> None:
+        """Write the checkpoint of the steps finished so far below `folder`."""
+        tensors = self.tensors() | {"rng.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        save_checkpoint(folder, self.num_steps, tensors, state | {"num_steps": self.num_steps})
+
+    def load(self, folder: str) -> dict[str, Any]:
+        """Continue from the checkpoint in `folder`; returns the state it was saved with."""
+        tensors = self.tensors() | {"rng.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        state = load_checkpoint(folder, tensors)
+        torch.set_rng_state(tensors["rng.cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        self.num_steps = state["num_steps"]
+        return state
+
+    def publish(self) -> Mapping[str, torch.Tensor]:
+        """The master weights by their Hugging Face names."""
+        return dict(self.model.named_parameters())
+
+
+def merge(left: Stats, right: Stats) -> Stats:
+    """The statistics of both, weighted values added."""
+    return {
+        name: left[name] + right[name] if name in left and name in right else (left | right)[name]
+        for name in left | right
+    }
+
+
+@contextmanager
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within, each parameter of another type is replaced by a copy in `dtype`; backward must run within, too.
+
+    Backward included, because recomputed blocks read the parameters again. A tied parameter has one copy.
+    """
+    slots = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.dtype != dtype and parameter.is_floating_point()
+    ]
+    copies = {parameter: parameter.to(dtype) for parameter in dict.fromkeys(p for _, _, p in slots)}
+    for module, name, parameter in slots:
+        module._parameters[name] = copies[parameter]  # pyright: ignore[reportArgumentType] - a tensor stands in
+    try:
+        yield
+    finally:
+        for module, name, parameter in slots:
+            module._parameters[name] = parameter
+
+
+SAVED_BY_SELECTIVE = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+"""What selective recomputation keeps: matrix products and attention, which cost more to compute than to hold."""
+
+
+def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    keep = op in SAVED_BY_SELECTIVE or "varlen_attn" in str(op)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recompute_blocks(blocks: Sequence[nn.Module], mode: str) -> None:
+    """Wrap the forward of each block for activation checkpointing: `full` keeps its inputs alone, `selective` also the
+    results of matrix products and attention. `none` changes nothing.
+    """
+    if mode == "none":
+        return
+    selective: dict[str, Callable[[], Any]] = (
+        {"context_fn": partial(create_selective_checkpoint_contexts, _keep_products)} if mode == "selective" else {}
+    )
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **selective)
+
+
+def compile_blocks(blocks: Sequence[nn.Module]) -> None:
+    """torch.compile of each block for packs of any length."""
+    for block in blocks:
+        block.compile(dynamic=True)
