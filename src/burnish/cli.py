@@ -1,0 +1,166 @@
+"""The command line. It reads arguments and shows errors; torch is imported only by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+
+from burnish import __version__
+from burnish.types import UserError
+
+EXAMPLES = """\
+  burnish sft examples/quickstart.yaml            fine-tune by a recipe; again to go on or to see the results
+  burnish sft recipe.yaml optim.lr=2e-5 --dry-run check everything with one key changed, train nothing
+  burnish chat runs/quickstart/hf/step-300        talk to what came out
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the nearest name in its complaint about an unknown command or option."""
+
+    def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] - it exits, as NoReturn says
+        if "invalid choice" in message:
+            wrong = message.split("'")[1]
+            near = difflib.get_close_matches(wrong, COMMANDS, 1, 0.5)
+            message = f"no command {wrong!r}; " + (
+                f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
+            )
+        self.exit(2, f"{self.prog}: {message}\nTry `{self.prog} --help`.\n")
+
+
+def build_parser(with_keys: bool = False) -> argparse.ArgumentParser:
+    """The parser of every command; `with_keys` writes all recipe keys into the help of `sft`, which imports the recipe."""
+    parser = Parser(
+        prog="burnish",
+        description="Post-train language models.",
+        epilog=f"examples:\n{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"burnish {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+
+    epilog = ""
+    if with_keys:
+        from burnish.config import help_text
+
+        epilog = f"recipe keys, with their types and defaults:\n\n{help_text()}"
+    sft = commands.add_parser(
+        "sft",
+        help="fine-tune a model by a recipe",
+        epilog=epilog,
+        description="Fine-tune a model by a recipe; started again, it goes on where it stopped.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sft.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe")
+    sft.add_argument("overrides", nargs="*", metavar="a.b=c", help="keys to change, such as optim.lr=2e-5")
+    sft.add_argument("--dry-run", action="store_true", help="do everything but train: read, check, load, probe")
+
+    commands.add_parser("schema", help="print the JSON schema of a recipe, for editors")
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="held-out loss of a model folder on rows",
+        description="Loss, perplexity and accuracy of a Hugging Face folder on the trained tokens of rows.",
+    )
+    evaluate.add_argument("model", metavar="MODEL", help="a Hugging Face folder or hub id")
+    evaluate.add_argument("data", metavar="DATA", help="rows, as data.train's path takes them")
+    evaluate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="source keys (prompt_key=question) and recipe keys (data.max_length=2048)",
+    )
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    export = commands.add_parser("export", help="write a checkpoint of a run as a Hugging Face folder")
+    export.add_argument("run", metavar="RUN", help="the run folder")
+    export.add_argument("--step", type=int, help="the checkpoint's step; the newest by default")
+    export.add_argument("--out", metavar="DIR", help="where to write; RUN/hf/step-N by default")
+
+    for name, text in (("generate", "answer one prompt"), ("chat", "talk to a model")):
+        command = commands.add_parser(
+            name, help=text, description=f"{text.capitalize()} with an export or any Hugging Face folder."
+        )
+        command.add_argument("model", metavar="MODEL", help="a Hugging Face folder or hub id")
+        if name == "generate":
+            command.add_argument("prompt", metavar="PROMPT")
+        command.add_argument("--system", help="the system turn")
+        command.add_argument("--max-new-tokens", type=int, default=512, help="longest answer, tokens (512)")
+        command.add_argument("--temperature", type=float, default=0.0, help="0 answers greedily (0)")
+    return parser
+
+
+COMMANDS = ("sft", "schema", "evaluate", "export", "generate", "chat")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments, with overrides wherever they stand between options."""
+    parser = build_parser(with_keys=bool({"-h", "--help"} & set(arguments)) and "sft" in arguments)
+    parsed, rest = parser.parse_known_args(arguments)
+    overrides = [a for a in rest if not a.startswith("-") and "=" in a]
+    unknown = [a for a in rest if a not in overrides]
+    if unknown or (overrides and not hasattr(parsed, "overrides")):
+        parser.error(f"unknown argument {(unknown or overrides)[0]!r} for {parsed.command}")
+    if overrides:
+        parsed.overrides = [*parsed.overrides, *overrides]
+    return parsed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0 done, 1 failed, 2 unusable arguments or recipe, 130/143 interrupted."""
+    parsed = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(parsed)
+    except UserError as error:
+        from burnish.config import RecipeError
+
+        print(f"burnish: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, RecipeError) else 1
+    except KeyboardInterrupt:
+        print("burnish: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output (head, less) has seen enough; keep the interpreter from complaining at exit.
+        sys.stdout = None
+        return 0
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    if parsed.command == "schema":
+        from burnish.config import json_schema
+
+        print(json.dumps(json_schema(), indent=2))
+        return 0
+    if parsed.command == "sft":
+        from burnish.config import read_recipe
+
+        recipe = read_recipe(parsed.recipe, parsed.overrides)
+        from burnish.sft import SFT
+
+        return SFT(recipe).main(dry_run=parsed.dry_run)
+    if parsed.command == "evaluate":
+        from burnish.sft import evaluate_folder
+
+        values = evaluate_folder(parsed.model, parsed.data, parsed.overrides)
+        print(
+            json.dumps(values)
+            if parsed.json
+            else "\n".join(f"{name:<24} {value:.4f}" for name, value in values.items())
+        )
+        return 0
+    if parsed.command == "export":
+        from burnish.sft import export_run
+
+        print(export_run(parsed.run, parsed.step, parsed.out))
+        return 0
+    from burnish.generate import run_chat, run_generate
+
+    common = {"system": parsed.system, "max_new_tokens": parsed.max_new_tokens, "temperature": parsed.temperature}
+    return (
+        run_chat(parsed.model, **common)
+        if parsed.command == "chat"
+        else run_generate(parsed.model, parsed.prompt, **common)
+    )
