@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 FORMULA = "FLOPs = 6 * P * tokens + 6 * P_head * trained tokens + 6 * L * H * d * sum(n^2)"
-"""P: matmul parameters without the head; L layers of H heads of size d; n: tokens of each document (causal attention)."""
+"""P: matmul parameters without the head; L layers of H heads of size d; n: tokens of each document."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def step_flops(shape: ModelShape, document_lengths: Iterable[int], num_trained_t
 
 
 def formula_text(shape: ModelShape, device_name: str, peak: float, num_devices: int = 1) -> str:
-    """`FORMULA` with the model's numbers and the peak (FLOP/s of one device) that the utilisation is measured against."""
+    """`FORMULA` with the model's numbers, and the peak (FLOP/s of one device) the utilisation is measured against."""
     devices = f"{num_devices} x {device_name}" if num_devices > 1 else device_name
     return (
         f"MFU = FLOPs / seconds / peak; {FORMULA}; P = {shape.body_parameters:,}, P_head = {shape.head_parameters:,}, "
@@ -86,7 +86,7 @@ _LESSER = re.compile(r"\b(MIG|Laptop|Max-Q|Ti|SUPER|D)\b")
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak bf16 FLOP/s, dense, of a device by its `torch.cuda` name; None where it is not known, so that no MFU is shown."""
+    """Peak dense bf16 FLOP/s of a device by its `torch.cuda` name; None where it is not known: no MFU is shown."""
     if _LESSER.search(device_name):
         return None
     return next((peak for name, peak in _PEAKS if re.search(rf"(^|\s)({name})(?![A-Za-z0-9])", device_name)), None)

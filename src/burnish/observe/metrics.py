@@ -1,0 +1,298 @@
+"""metrics.jsonl, and what a run counts between two of its lines.
+
+Statistics stay on the device between lines and are fetched together, once a line. Nothing here decides when a line is
+written, and torch is imported only where a device is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from burnish.observe.flops import ModelShape, step_flops
+from burnish.types import Sample, Stats, Status, StepInput, UserError, Weighted
+
+Line = dict[str, Any]
+"""One line of metrics.jsonl: flat, values are numbers or None (a number that was not finite)."""
+
+GIB = 2**30
+
+
+class MetricsWriter:
+    """Appends lines to metrics.jsonl; each is handed to the operating system at once, so kill -9 loses none."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one line. JSON knows no NaN or infinity: such a value is written as null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._file.write(json.dumps(finite, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> list[Line]:
+    """The lines of a metrics.jsonl, without a last one that was torn by a kill. A missing file has none.
+
+    Raises UserError where a line before the last cannot be read.
+    """
+    return [json.loads(text) for text in _whole_lines(path)]
+
+
+def cut(path: Path, step: int) -> None:
+    """Drop the lines of steps beyond `step`, the one a run resumes from (-1: all of them), and a torn last line.
+
+    The file is replaced as a whole: a kill leaves either the old or the new one. Raises UserError as `read` does.
+    """
+    if not path.exists():
+        return
+    kept = [text for text in _whole_lines(path) if json.loads(text)["step"] <= step]
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.writelines(f"{text}\n" for text in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    # A line is whole once its newline is there; what follows the last newline was being written when the run died.
+    *lines, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not _is_object(line):
+            raise UserError(
+                f"{path}:{number}: {line[:60]!r} is not a line of metrics (a JSON object with a step), and lines "
+                "follow it; mend or remove that line"
+            )
+    return [line.decode("utf-8") for line in lines]
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and "step" in value
+
+
+class Stopwatch:
+    """Where the time goes: seconds by name, summed until taken.
+
+    On a CPU this is wall-clock time. On CUDA, kernels run behind the host, so events on the current stream mark both
+    ends: a name gets the time the device spent or stood waiting there, and no mark waits for the device. Blocks are not
+    nested.
+    """
+
+    def __init__(self, device_type: str = "cpu", clock: Callable[[], float] = time.perf_counter) -> None:
+        self._on_cuda = device_type == "cuda"
+        self._clock = clock
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = self._mark()
+        try:
+            yield
+        finally:
+            self._spans.append((name, start, self._mark()))
+
+    def take(self) -> dict[str, float]:
+        """Seconds by name since the last call; on CUDA it waits for the last of the marks."""
+        spans, self._spans = self._spans, []
+        seconds: dict[str, float] = defaultdict(float)
+        for name, start, end in spans:
+            seconds[name] += self._between(start, end)
+        return dict(seconds)
+
+    def _mark(self) -> Any:
+        if not self._on_cuda:
+            return self._clock()
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        if not self._on_cuda:
+            return end - start
+        end.synchronize()
+        return start.elapsed_time(end) / 1000  # events count milliseconds
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What a run has trained on since its first step; saved in checkpoints."""
+
+    samples: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(
+            self.samples + other.samples, self.tokens + other.tokens, self.trained_tokens + other.trained_tokens
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Utilisation:
+    """What MFU is measured by: the model's arithmetic and the peak of all devices together, in FLOP/s."""
+
+    shape: ModelShape
+    peak: float
+
+
+@dataclass
+class _Counts:
+    """Host-side sums over the steps since the last line."""
+
+    totals: Totals = Totals()
+    capacity: int = 0
+    padding: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    flops: float = 0.0
+
+
+class StepWindow:
+    """The steps since the last line of metrics: `add` each without waiting for the device, `fetch` them as one line.
+
+    A line holds, of the steps since the last one:
+    `loss`, the mean weighted by the steps' denominators; `lr`, the last step's; `nonfinite_steps`, a count; every other
+    statistic of the trainer averaged by its weight (`grad_norm`, `accuracy`, `loss/<source>`, ...) and absent where
+    that weight is 0; `samples`, `tokens` (no padding), `trained_tokens`, `tokens/<source>`; `truncated` and `dropped`
+    rows; `packing_fill`, the share of the micro-batches' budget that tokens took; `padding_share`, of the slots
+    computed those that held no token; `tokens_per_second` and `mfu`, over the time not spent in save and evaluate;
+    `time/<name>` in seconds; `memory/...` in GiB. `total_samples`, `total_tokens` and `total_trained_tokens` are of the
+    whole run.
+    """
+
+    def __init__(
+        self,
+        stopwatch: Stopwatch,
+        totals: Totals | None = None,
+        device_type: str = "cpu",
+        utilisation: Utilisation | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.totals = totals or Totals()
+        self._stopwatch = stopwatch
+        self._device_type = device_type
+        self._utilisation = utilisation
+        self._clock = clock
+        self._begin()
+
+    def _begin(self) -> None:
+        self._stats: Stats = {}
+        self._source_tokens: dict[str, int] = defaultdict(int)
+        self._counts = _Counts()
+        self._since = self._clock()
+
+    def add(self, inputs: StepInput, stats: Stats, num_dropped: int = 0) -> None:
+        """Count one finished step; `num_dropped` rows were left out on the way to its samples."""
+        for name, value in stats.items():
+            weight = inputs.denominator if name == "loss" else value.weight
+            one = Weighted(_as_double(value.sum), _as_double(weight))
+            self._stats[name] = one if name == "lr" or name not in self._stats else self._stats[name] + one
+        step = Totals(inputs.num_samples, inputs.num_tokens, inputs.num_trained_tokens)
+        self.totals += step
+        counts = self._counts
+        counts.totals += step
+        counts.capacity += inputs.capacity
+        counts.padding += inputs.num_padding
+        counts.dropped += num_dropped
+        documents = _documents(inputs)
+        for sample, length in documents:
+            self._source_tokens[sample.source] += length
+            counts.truncated += sample.status == Status.TRUNCATED
+        if self._utilisation:
+            lengths = [length for _, length in documents]
+            counts.flops += step_flops(self._utilisation.shape, lengths, inputs.num_trained_tokens)
+
+    def fetch(self, step: int) -> Line:
+        """The line of the steps added since the last call, ending with `step`; this alone waits for the device."""
+        stats = _fetch(self._stats)
+        seconds = self._clock() - self._since
+        times = self._stopwatch.take()
+        in_steps = max(seconds - times.get("save", 0.0) - times.get("evaluate", 0.0), 1e-9)
+        counts, totals = self._counts, self.totals
+        line: Line = {
+            "step": step,
+            **stats,
+            "samples": counts.totals.samples,
+            "tokens": counts.totals.tokens,
+            "trained_tokens": counts.totals.trained_tokens,
+            "total_samples": totals.samples,
+            "total_tokens": totals.tokens,
+            "total_trained_tokens": totals.trained_tokens,
+            "tokens_per_second": counts.totals.tokens / in_steps,
+            "packing_fill": counts.totals.tokens / counts.capacity,
+            "padding_share": counts.padding / (counts.totals.tokens + counts.padding),
+            "truncated": counts.truncated,
+            "dropped": counts.dropped,
+            **{f"tokens/{source}": tokens for source, tokens in sorted(self._source_tokens.items())},
+            **{f"time/{name}": value for name, value in times.items()},
+            **memory(self._device_type),
+        }
+        if self._utilisation:
+            line["mfu"] = counts.flops / in_steps / self._utilisation.peak
+        self._begin()
+        return line
+
+
+def _documents(inputs: StepInput) -> list[tuple[Sample, int]]:
+    """Every sample of the step with its length in tokens."""
+    batches = [batch for rank in inputs.batches for batch in rank]
+    return [pair for batch in batches for pair in zip(batch.samples, batch.documents.lengths, strict=True)]
+
+
+def _as_double(value: Any) -> Any:
+    """In float64 where the value lies, so that sums over many steps stay exact."""
+    return value.detach().double() if hasattr(value, "detach") else float(value)
+
+
+def _fetch(stats: Stats) -> dict[str, float]:
+    """Means by name, all tensors of one device brought over in one transfer; without those whose weight is 0."""
+    flat = [part for value in stats.values() for part in (value.sum, value.weight)]
+    by_device: dict[Any, list[int]] = defaultdict(list)
+    for index, part in enumerate(flat):
+        if hasattr(part, "device"):
+            by_device[part.device].append(index)
+    for indices in by_device.values():
+        import torch
+
+        for index, number in zip(indices, torch.stack([flat[i] for i in indices]).tolist(), strict=True):
+            flat[index] = number
+    pairs = zip(stats, flat[0::2], flat[1::2], strict=True)
+    return {
+        name: total if name == "nonfinite_steps" else total / weight for name, total, weight in pairs if weight != 0
+    }
+
+
+def memory(device_type: str) -> dict[str, float]:
+    """Memory in GiB: on CUDA what tensors hold now and held at most since the last call; on a CPU the process's
+    resident set, where /proc tells it."""
+    if device_type == "cuda":
+        import torch
+
+        allocated, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return {"memory/allocated_gib": allocated / GIB, "memory/peak_gib": peak / GIB}
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return {}
+    resident_pages = int(statm.read_text().split()[1])
+    return {"memory/rss_gib": resident_pages * os.sysconf("SC_PAGE_SIZE") / GIB}
