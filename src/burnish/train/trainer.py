@@ -64,7 +64,7 @@ class LocalTrainer:
         step = self.num_steps + 1
         self.optimizer.zero_grad()
         with self.clock("forward_backward"):
-            stats = self._accumulate(inputs, step)
+            stats = self.accumulate(inputs, step)
         with self.clock("optimizer"):
             grad_norm = clip_gradients(list(self.parameters.values()), self.optim.clip_norm)
             finite = torch.isfinite(grad_norm) & torch.isfinite(torch.as_tensor(stats["loss"].sum))
@@ -78,7 +78,8 @@ class LocalTrainer:
             "nonfinite_steps": Weighted((~finite).float(), one),
         }
 
-    def _accumulate(self, inputs: StepInput, step: int) -> Stats:
+    def accumulate(self, inputs: StepInput, step: int) -> Stats:
+        """Add the gradients of every micro-batch of `step` to the parameters."""
         stats: Stats = {}
         with self.compute_parameters():
             for micro in inputs.batches[0]:
