@@ -2,11 +2,13 @@
 
 Gives what losses and metrics read of each trained token. It knows no loss, weights no token and moves nothing between
 devices or ranks.
-Shape suffixes: K trained tokens, D hidden size, V vocabulary, B one block of the vocabulary, N blocks.
+Shape suffixes: K trained tokens, D hidden size, V vocabulary, B one block of the vocabulary.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +19,11 @@ from torch.nn import functional
 
 from burnish.types import TokenScores
 
-BLOCK_BYTES = 256 * 2**20
-"""Size of one block of logits in bytes; a sweep holds at most two buffers of this size, and their bf16 copy."""
+CPU_BLOCK_BYTES = 8 * 2**20
+DEVICE_BLOCK_BYTES = 256 * 2**20
+"""Size of one block of logits. On a CPU it stays in the cache; elsewhere it is large enough to fill the device."""
+MIN_BLOCK = 512
+"""Narrowest block: below, the matmuls are too thin to be worth the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +52,8 @@ def logits(hidden_KD: Tensor, head: Head) -> Tensor:
     return logits_KV
 
 
-def score(hidden_KD: Tensor, head: Head, targets_K: Tensor, block_bytes: int = BLOCK_BYTES) -> TokenScores:
-    """Score the targets against the hidden states that predict them.
+def score(hidden_KD: Tensor, head: Head, targets_K: Tensor, block: int | None = None) -> TokenScores:
+    """Score the targets against the hidden states that predict them; `block` is a width in tokens of the vocabulary.
 
     With logits z and S = sum_v exp(z_v) of one token, p = exp(z) / S:
         logprob = z_target - log S      logsumexp = log S      mean_logprob = mean_v z_v - log S
@@ -57,16 +62,17 @@ def score(hidden_KD: Tensor, head: Head, targets_K: Tensor, block_bytes: int = B
         dz = g_logprob onehot(target) + g_mean / V + (g_logsumexp - g_logprob - g_mean) p
 
     The sweep runs over blocks of the vocabulary, so that each row of the weight's gradient is one matmul over all
-    tokens and nothing is accumulated for it. Of a block, each token keeps max z, sum exp z, sum z exp z and sum z;
-    these are merged at the end as in the online softmax (Milakov and Gimelshein, arXiv:1805.02867). The backward pass
-    computes every block again, from log S alone (as Cut Cross-Entropy does: Wijmans et al., arXiv:2411.09009); where
-    one block holds the whole vocabulary, it is kept instead.
+    tokens and nothing is accumulated for it. The forward pass is the online softmax (Milakov and Gimelshein,
+    arXiv:1805.02867); the backward pass computes every block again, from log S alone (as Cut Cross-Entropy does:
+    Wijmans et al., arXiv:2411.09009). At most two buffers of the size of a block are alive at a time, by default of
+    8 MiB on a CPU and 256 MiB elsewhere.
 
     Matmuls run in the dtype of the inputs, everything else in float32 (float64 where the inputs are). Inputs that
     require no gradient cost none. Nothing waits for the device.
     """
+    block = block or _block_width(hidden_KD)
     return TokenScores(
-        *_Score.apply(hidden_KD, head.weight_VD, head.bias_V, head.scale, head.softcap, targets_K, block_bytes)
+        *_Score.apply(hidden_KD, head.weight_VD, head.bias_V, head.scale, head.softcap, targets_K, block)
     )
 
 
@@ -80,64 +86,53 @@ class _Score(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         targets_K: Tensor,
-        block_bytes: int,
+        block: int,
     ) -> tuple[Tensor, ...]:
         head = Head(weight_VD, bias_V, scale, softcap)
-        blocks = _blocks(hidden_KD, weight_VD, block_bytes)
         target_logits_K = hidden_KD.new_zeros(len(hidden_KD), dtype=_wide(hidden_KD))
-        statistics, logits_KB = [], None
-        for block in blocks:
-            logits_KB = logits(hidden_KD, head.rows(block))
-            index_K, inside_K = _targets_in(block, targets_K)
+        running_4K = hidden_KD.new_zeros(4, len(hidden_KD), dtype=_wide(hidden_KD))
+        running_4K[0] = -math.inf
+        for columns in _blocks(head, block):
+            logits_KB = logits(hidden_KD, head.rows(columns))
+            index_K, inside_K = _targets_in(columns, targets_K)
             target_logits_K += torch.where(inside_K, logits_KB.gather(1, index_K[:, None])[:, 0], 0.0)
-            statistics.append(_statistics(logits_KB))
-        max_K, logsumexp_K, expected_logit_K, sum_K = _merge(torch.stack(statistics))
+            running_4K = _absorb(running_4K, logits_KB)
+            del logits_KB
+        max_K, sum_exp_K, sum_z_exp_K, sum_z_K = running_4K
+        logsumexp_K = sum_exp_K.log() + max_K
 
-        ctx.save_for_backward(
-            hidden_KD, weight_VD, bias_V, targets_K, logsumexp_K, logits_KB if len(blocks) == 1 else None
-        )
-        ctx.scale, ctx.softcap, ctx.blocks = scale, softcap, blocks
+        ctx.save_for_backward(hidden_KD, weight_VD, bias_V, targets_K, logsumexp_K)
+        ctx.scale, ctx.softcap, ctx.block = scale, softcap, block
         ctx.set_materialize_grads(False)
-        entropy_K, is_top1_K = logsumexp_K - expected_logit_K, target_logits_K >= max_K
+        entropy_K, is_top1_K = logsumexp_K - sum_z_exp_K / sum_exp_K, target_logits_K >= max_K
         ctx.mark_non_differentiable(entropy_K, is_top1_K)
-        mean_logprobs_K = sum_K / len(weight_VD) - logsumexp_K
+        mean_logprobs_K = sum_z_K / len(weight_VD) - logsumexp_K
         return target_logits_K - logsumexp_K, logsumexp_K, mean_logprobs_K, entropy_K, is_top1_K
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs_K, grad_logsumexp_K, grad_mean_logprobs_K, *_) -> tuple[Tensor | None, ...]:
-        hidden_KD, weight_VD, bias_V, targets_K, logsumexp_K, kept_KV = ctx.saved_tensors
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads_K: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden_KD, weight_VD, bias_V, targets_K, logsumexp_K = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         head = Head(weight_VD, bias_V, ctx.scale, ctx.softcap)
-        zeros_K = torch.zeros_like(logsumexp_K)
-        # The scale multiplies every term, so it is applied here, to K numbers and not to K x V.
-        to_target_K, to_sum_K, to_mean_K = (
-            zeros_K if grad_K is None else grad_K * ctx.scale
-            for grad_K in (grad_logprobs_K, grad_logsumexp_K, grad_mean_logprobs_K)
-        )
-        to_softmax_K = to_sum_K - to_target_K - to_mean_K
-
         grad_hidden_KD = torch.zeros_like(hidden_KD, dtype=logsumexp_K.dtype) if needs_hidden else None
         grad_weight_VD = torch.empty_like(weight_VD) if needs_weight else None
         grad_bias_V = torch.empty_like(bias_V) if needs_bias else None
-        for block in ctx.blocks:
-            part = head.rows(block)
-            logits_KB = logits(hidden_KD, part) if kept_KV is None else kept_KV
-            grad_KB = (logits_KB - logsumexp_K[:, None]).exp_().mul_(to_softmax_K[:, None])
-            if grad_mean_logprobs_K is not None:
-                grad_KB += to_mean_K[:, None] / len(weight_VD)
-            index_K, inside_K = _targets_in(block, targets_K)
-            _add_at(grad_KB, index_K, torch.where(inside_K, to_target_K, 0.0))
-            if ctx.softcap is not None:
-                grad_KB.mul_((logits_KB / ctx.softcap).square_().neg_().add_(1.0))
-            del logits_KB
+        for columns in _blocks(head, ctx.block):
+            part = head.rows(columns)
+            grad_KB = _grad_of_block(
+                hidden_KD, part, _targets_in(columns, targets_K), logsumexp_K, grads_K, len(weight_VD)
+            )
             if grad_bias_V is not None:
-                grad_bias_V[block] = grad_KB.sum(0)
+                grad_bias_V[columns] = grad_KB.sum(0)
             grad_KB = grad_KB.to(hidden_KD.dtype)
             if grad_weight_VD is not None:
-                torch.mm(grad_KB.T, hidden_KD, out=grad_weight_VD[block])
+                torch.mm(grad_KB.T, hidden_KD, out=grad_weight_VD[columns])
             if grad_hidden_KD is not None:
                 grad_hidden_KD += grad_KB @ part.weight_VD
+            del grad_KB
         grad_hidden_KD = None if grad_hidden_KD is None else grad_hidden_KD.to(hidden_KD.dtype)
         return grad_hidden_KD, grad_weight_VD, grad_bias_V, None, None, None, None
 
@@ -146,36 +141,56 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _blocks(hidden_KD: Tensor, weight_VD: Tensor, block_bytes: int) -> list[slice]:
-    """The vocabulary in blocks of logits within `block_bytes`; a multiple of 64 wide, for the tiles of matmuls."""
-    num_tokens, num_vocabulary = max(len(hidden_KD), 1), len(weight_VD)
-    width = max(block_bytes // (num_tokens * _wide(hidden_KD).itemsize) // 64 * 64, 64)
+def _block_width(hidden_KD: Tensor) -> int:
+    """Tokens of the vocabulary whose logits fit the device's block, a multiple of 64 for the tiles of matmuls."""
+    block_bytes = CPU_BLOCK_BYTES if hidden_KD.device.type == "cpu" else DEVICE_BLOCK_BYTES
+    width = block_bytes // (max(len(hidden_KD), 1) * _wide(hidden_KD).itemsize)
+    return max(width // 64 * 64, MIN_BLOCK)
+
+
+def _blocks(head: Head, width: int) -> list[slice]:
+    num_vocabulary = len(head.weight_VD)
     return [slice(start, min(start + width, num_vocabulary)) for start in range(0, num_vocabulary, width)]
 
 
-def _targets_in(block: slice, targets_K: Tensor) -> tuple[Tensor, Tensor]:
+def _targets_in(columns: slice, targets_K: Tensor) -> tuple[Tensor, Tensor]:
     """Where each target stands in a block, clamped to it, and whether it stands there at all."""
-    width = block.stop - block.start
-    index_K = targets_K - block.start
+    width = columns.stop - columns.start
+    index_K = targets_K - columns.start
     return index_K.clamp(0, width - 1), (index_K >= 0) & (index_K < width)
 
 
-def _statistics(logits_KB: Tensor) -> Tensor:
-    """[4, K]: max z, sum exp(z - max), sum z exp(z - max), sum z."""
-    max_K = logits_KB.amax(1)
-    exp_KB = (logits_KB - max_K[:, None]).exp_()
-    sum_exp_K = exp_KB.sum(1)
-    return torch.stack((max_K, sum_exp_K, exp_KB.mul_(logits_KB).sum(1), logits_KB.sum(1)))
+def _absorb(running_4K: Tensor, logits_KB: Tensor) -> Tensor:
+    """Take a block into max z, sum exp(z - max), sum z exp(z - max) and sum z of all blocks so far."""
+    max_K, sum_exp_K, sum_z_exp_K, sum_z_K = running_4K
+    new_max_K = torch.maximum(max_K, logits_KB.amax(1))
+    shrink_K = (max_K - new_max_K).exp()
+    exp_KB = (logits_KB - new_max_K[:, None]).exp_()
+    sum_exp_K = sum_exp_K * shrink_K + exp_KB.sum(1)
+    sum_z_exp_K = sum_z_exp_K * shrink_K + exp_KB.mul_(logits_KB).sum(1)
+    return torch.stack((new_max_K, sum_exp_K, sum_z_exp_K, sum_z_K + logits_KB.sum(1)))
 
 
-def _merge(statistics_N4K: Tensor) -> Tensor:
-    """[4, K] over all blocks: max z, log sum exp z, the mean of z under the softmax, sum z."""
-    max_NK, sum_exp_NK, sum_z_exp_NK, sum_NK = statistics_N4K.unbind(1)
-    max_K = max_NK.amax(0)
-    rescale_NK = (max_NK - max_K).exp()
-    sum_exp_K = (rescale_NK * sum_exp_NK).sum(0)
-    expected_K = (rescale_NK * sum_z_exp_NK).sum(0) / sum_exp_K
-    return torch.stack((max_K, sum_exp_K.log() + max_K, expected_K, sum_NK.sum(0)))
+def _grad_of_block(
+    hidden_KD: Tensor,
+    part: Head,
+    targets: tuple[Tensor, Tensor],
+    logsumexp_K: Tensor,
+    grads_K: Sequence[Tensor | None],
+    num_vocabulary: int,
+) -> Tensor:
+    """Gradient [K, B] of h W^T + b for one block, given those of log p(target), log S and mean log p (None is 0)."""
+    zeros_K = torch.zeros_like(logsumexp_K)
+    # The scale multiplies every term, so it is applied here, to K numbers and not to K x B.
+    target_K, sum_K, mean_K = (zeros_K if grad_K is None else grad_K * part.scale for grad_K in grads_K[:3])
+    grad_KB = logits(hidden_KD, part)
+    slope_KB = None if part.softcap is None else 1.0 - (grad_KB / part.softcap).square_()
+    grad_KB.sub_(logsumexp_K[:, None]).exp_().mul_((sum_K - target_K - mean_K)[:, None])
+    if grads_K[2] is not None:
+        grad_KB += mean_K[:, None] / num_vocabulary
+    index_K, inside_K = targets
+    _add_at(grad_KB, index_K, torch.where(inside_K, target_K, 0.0))
+    return grad_KB if slope_KB is None else grad_KB.mul_(slope_KB)
 
 
 def _add_at(matrix_KB: Tensor, index_K: Tensor, values_K: Tensor) -> None:
