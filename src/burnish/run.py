@@ -29,11 +29,13 @@ class NonFiniteError(UserError):
 class Watcher(Protocol):
     """What a person sees of a run while it goes."""
 
-    def step(self, line: Line) -> None: ...
+    def step(self, line: Line, num_steps: int) -> None: ...
 
     def evaluation(self, line: Line) -> None: ...
 
     def notice(self, text: str) -> None: ...
+
+    def warning(self, text: str) -> None: ...
 
 
 class RunFolder:
@@ -174,7 +176,7 @@ class Run:
         if num_bad:
             line["nonfinite_steps"] = num_bad
         self._write(line)
-        self.watcher.step(line)
+        self.watcher.step(line, self.total_steps)
         if num_bad:
             self._report_nonfinite([(step, samples) for step, flag, samples in pending if float(flag)])
 
@@ -189,7 +191,7 @@ class Run:
             raise NonFiniteError(
                 f"{message}; look at them, lower optim.lr, or set train.on_nonfinite=skip to go on without such steps"
             )
-        self.watcher.notice(f"{message}; skipped, as train.on_nonfinite says")
+        self.watcher.warning(f"{message}; skipped, as train.on_nonfinite says")
 
     def _write(self, line: Line) -> None:
         self.metrics.write(line)

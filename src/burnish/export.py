@@ -1,0 +1,109 @@
+"""A checkpoint as a Hugging Face folder: weights, configuration, tokenizer with its template, and a card of the run.
+
+The weights are written by whoever knows the model; here they are completed into a folder that loads anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Card:
+    """The facts of a run that stand in its model card."""
+
+    name: str
+    base_model: str
+    step: int
+    total_steps: int
+    samples: int
+    tokens: int
+    trained_tokens: int
+    held_out_loss: float | None
+    train_loss: float | None
+    sources: Mapping[str, int]
+    """Rows by source."""
+    recipe: str
+    """The resolved recipe, YAML."""
+    versions: Mapping[str, str]
+
+    def text(self) -> str:
+        """The card as README.md: YAML front matter that the Hugging Face hub reads, and Markdown."""
+        front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [burnish, sft]"]
+        if "/" in self.base_model and not Path(self.base_model).exists():
+            front.append(f"base_model: {self.base_model}")
+        losses = [
+            f"| {label} loss | {loss:.4f} |"
+            for label, loss in (("held-out", self.held_out_loss), ("training", self.train_loss))
+            if loss is not None
+        ]
+        rows = ", ".join(f"{name} ({count:,} rows)" for name, count in self.sources.items())
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        lines = [
+            *front,
+            "---",
+            "",
+            f"# {self.name}",
+            "",
+            f"Fine-tuned by burnish from `{self.base_model}`.",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| step | {self.step:,} of {self.total_steps:,} |",
+            f"| samples | {self.samples:,} |",
+            f"| tokens | {self.tokens:,}, of which {self.trained_tokens:,} trained |",
+            *losses,
+            f"| data | {rows} |",
+            f"| versions | {versions} |",
+            "",
+            "## Recipe",
+            "",
+            "```yaml",
+            self.recipe.rstrip(),
+            "```",
+            "",
+        ]
+        return "\n".join(lines)
+
+
+def write_export(
+    folder: Path,
+    write_weights: Callable[[Path], None],
+    tokenizer: Any,
+    generation: Mapping[str, Any] | None,
+    stop_ids: Sequence[int],
+    card: Card,
+) -> Path:
+    """Write `folder` as a whole or not at all, over an older one; returns it.
+
+    `write_weights` fills a folder with config.json and safetensors, `tokenizer` is transformers' own with the template
+    it was trained with, and `generation` the model's generation_config, whose eos becomes `stop_ids`.
+    """
+    beside = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    write_weights(beside)
+    tokenizer.save_pretrained(str(beside))
+    settings = dict(generation or {}) | {"eos_token_id": stop_ids[0] if len(stop_ids) == 1 else list(stop_ids)}
+    if not stop_ids:
+        del settings["eos_token_id"]
+    for kind in ("bos", "pad"):
+        own = getattr(tokenizer, f"{kind}_token_id", None)
+        if own is not None:
+            settings.setdefault(f"{kind}_token_id", own)
+    (beside / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (beside / "README.md").write_text(card.text(), encoding="utf-8")
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        beside.rename(folder)
+        shutil.rmtree(old)
+    else:
+        beside.rename(folder)
+    return folder
