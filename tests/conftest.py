@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+    from burnish.model.base import CausalLM
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,7 +24,8 @@ CHATML = (
     "{%- for message in messages %}"
     "{%- if not (tools and loop.first and message.role == 'system') %}"
     "{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}"
-    "{%- for call in message.tool_calls or [] %}{{- '<tool_call>' + (call.function | tojson) + '</tool_call>' }}{%- endfor %}"
+    "{%- for call in message.tool_calls or [] %}"
+    "{{- '<tool_call>' + (call.function | tojson) + '</tool_call>' }}{%- endfor %}"
     "{{- '<|im_end|>\\n' }}"
     "{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
@@ -50,10 +57,8 @@ def chatml_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    words = (
-        "the quick brown fox jumps over a lazy dog while system user assistant answer questions about numbers".split()
-    )
-    tokenizer.train_from_iterator([" ".join(words[i:] + words[:i]) for i in range(len(words))], trainer)
+    texts = ["the quick brown fox jumps over a lazy dog", "the system user asks", "the assistant answer is over numbers"]
+    tokenizer.train_from_iterator(texts * 8, trainer)
     folder = tmp_path_factory.mktemp("chatml-tokenizer")
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
@@ -67,9 +72,9 @@ def chatml_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tiny_config(family: str = "qwen3", **changes: object) -> dict[str, object]:
+def tiny_config(family: str = "qwen3", **changes: object) -> dict[str, Any]:
     """A config.json of a model with some ten thousand parameters: llama, qwen2 or qwen3."""
-    config: dict[str, object] = {
+    config: dict[str, Any] = {
         "architectures": [
             {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]
         ],
@@ -92,3 +97,13 @@ def tiny_config(family: str = "qwen3", **changes: object) -> dict[str, object]:
         "bos_token_id": None,
     }
     return config | changes
+
+
+def native_model(config: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> CausalLM:
+    """Our own module for `config` on the CPU, with random weights drawn from `seed`."""
+    from burnish.model import zoo
+    from burnish.model.attention import choose_attention
+
+    model = zoo.build(config, choose_attention("sdpa", "cpu", dtype).kernel, dtype=dtype, device="cpu")
+    zoo.initialise(model, seed)
+    return model

@@ -6,11 +6,12 @@ The weights are written by whoever knows the model; here they are completed into
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from burnish.model.hf_io import written_beside
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,6 @@ def write_export(
     `write_weights` fills a folder with config.json and safetensors, `tokenizer` is transformers' own with the template
     it was trained with, and `generation` the model's generation_config, whose eos becomes `stop_ids`.
     """
-    beside = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    write_weights(beside)
-    tokenizer.save_pretrained(str(beside))
     settings = dict(generation or {}) | {"eos_token_id": stop_ids[0] if len(stop_ids) == 1 else list(stop_ids)}
     if not stop_ids:
         del settings["eos_token_id"]
@@ -96,14 +92,9 @@ def write_export(
         own = getattr(tokenizer, f"{kind}_token_id", None)
         if own is not None:
             settings.setdefault(f"{kind}_token_id", own)
-    (beside / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (beside / "README.md").write_text(card.text(), encoding="utf-8")
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        beside.rename(folder)
-        shutil.rmtree(old)
-    else:
-        beside.rename(folder)
+    with written_beside(folder) as beside:
+        write_weights(beside)
+        tokenizer.save_pretrained(str(beside))
+        (beside / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (beside / "README.md").write_text(card.text(), encoding="utf-8")
     return folder

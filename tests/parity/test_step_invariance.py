@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import native_model, tiny_config
 
 from burnish.config import OptimConfig
 from burnish.data.pack import Layout, pack
-from burnish.model import zoo
 from burnish.train.loss import CrossEntropy
 from burnish.train.trainer import LocalTrainer
 from burnish.types import Sample
@@ -30,7 +29,7 @@ def make_samples(num: int = 14, seed: int = 0) -> list[Sample]:
 
 
 def make_trainer(dtype: torch.dtype, compute: torch.dtype | None = None, **options: object) -> LocalTrainer:
-    model = zoo.build(tiny_config("qwen3"), dtype=dtype, seed=0)
+    model = native_model(tiny_config("qwen3"), dtype)
     loss = options.pop("loss", CrossEntropy())
     optim = OptimConfig(name="sgd", lr=0.1, weight_decay=0.0, schedule="constant", warmup_ratio=0.0)
     return LocalTrainer(model, loss, CrossEntropy(), optim, total_steps=10, compute=compute or dtype, **options)  # pyright: ignore

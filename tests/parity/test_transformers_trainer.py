@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import native_model, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from burnish.config import OptimConfig
 from burnish.data.pack import Layout, pack
-from burnish.model import zoo
 from burnish.train.loss import CrossEntropy
 from burnish.train.trainer import LocalTrainer
 from burnish.types import Sample
@@ -62,7 +61,7 @@ class InOrder(Trainer):
 @pytest.mark.filterwarnings("ignore")
 def test_fifty_steps_of_transformers_trainer(tmp_path: Path) -> None:
     config, samples = tiny_config("qwen3"), make_samples()
-    ours = zoo.build(config, dtype=torch.float32, seed=3)
+    ours = native_model(config, torch.float32, seed=3)
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
     missing = theirs.load_state_dict(dict(ours.named_parameters()), strict=False)
     assert set(missing.missing_keys) <= {"lm_head.weight"}
