@@ -57,7 +57,7 @@ def chatml_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = ["the quick brown fox jumps over a lazy dog", "the system user asks", "the assistant answer is over numbers"]
+    texts = ["the quick brown fox jumps over a lazy dog", "the system user asks", "the assistant answer is numbers"]
     tokenizer.train_from_iterator(texts * 8, trainer)
     folder = tmp_path_factory.mktemp("chatml-tokenizer")
     tokenizer.save(str(folder / "tokenizer.json"))
