@@ -256,7 +256,8 @@ def _source_row(source: SourceSummary) -> str:
 
 def _dropped(sources: Sequence[SourceSummary]) -> str:
     rows = "".join(
-        f'<tr><th>{_escape(source.name)}</th><td class="number">{count:,}</td><td>{_escape(reason)}</td></tr>'
+        f'<tr><th>{_escape(source.name)}</th><td class="number">{count:,}</td>'
+        f'<td class="reason">{_escape(reason)}</td></tr>'
         for source in sources
         for reason, count in sorted(source.dropped.items(), key=lambda item: -item[1])
     )
@@ -363,7 +364,8 @@ body {
 h1 { margin: 36px 0 4px; font-size: 26px; font-weight: 600; letter-spacing: -.01em; overflow-wrap: anywhere; }
 h2 { margin: 48px 0 16px; padding-top: 16px; border-top: 1px solid var(--rule); font-size: 18px; font-weight: 600; }
 h3 { margin: 24px 0 8px; font-size: 14px; font-weight: 600; }
-nav a { margin-right: 16px; color: var(--quiet); font-size: 14px; text-decoration: none; }
+nav { display: flex; flex-wrap: wrap; gap: 0 16px; }
+nav a { color: var(--quiet); font-size: 14px; text-decoration: none; }
 nav a:hover { color: var(--text); text-decoration: underline; }
 .tiles { display: flex; flex-wrap: wrap; gap: 16px 48px; margin: 28px 0 0; }
 .tiles dt, .tiles small, .note { color: var(--quiet); font-size: 13px; }
@@ -396,7 +398,7 @@ table { border-collapse: collapse; font-size: 14px; }
 th { font-weight: 500; text-align: left; }
 th, td { padding: 6px 20px 6px 0; border-bottom: 1px solid var(--rule); vertical-align: top; white-space: nowrap; }
 thead th { color: var(--quiet); font-size: 13px; font-weight: 400; }
-.number { text-align: right; }
+.number { text-align: right; } .reason { min-width: 160px; white-space: normal; }
 .data { width: 100%; }
 .bars { display: block; width: 150px; height: 30px; } .bars rect { fill: var(--c0); }
 .bars .hit-area { fill: transparent; }
