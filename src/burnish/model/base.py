@@ -1,0 +1,44 @@
+"""What every causal language model offers the trainer, whoever wrote its modules.
+
+Shape suffixes: T tokens of a pack, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from burnish.model.lm_head import Head
+from burnish.types import Documents, UserError
+
+
+class UnsupportedModel(UserError):
+    """A model that our own modules do not compute; those of `transformers` may."""
+
+
+class CausalLM(nn.Module):
+    """A language model up to its last norm; the head is handed out as data, because logits are never made as a whole.
+
+    Parameters carry Hugging Face's names, so that `named_parameters` is what is read from and written to a checkpoint.
+    """
+
+    config: dict[str, Any]
+    """The model's config.json."""
+    aliases: Mapping[str, str] = {}
+    """Names under which a checkpoint may hold a parameter a second time: tied weights."""
+
+    def forward(
+        self, tokens_T: Tensor, positions_T: Tensor, documents: Documents, noise_TD: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states [T, D] after the final norm; `noise_TD` is added to the embeddings (NEFTune)."""
+        raise NotImplementedError
+
+    def head(self) -> Head:
+        """The output layer with the weights of this moment."""
+        raise NotImplementedError
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks in order: the units of recompute, compile and sharding."""
+        raise NotImplementedError

@@ -1,0 +1,167 @@
+"""Which module an architecture is, and a model's way from its name in the recipe to weights on a device.
+
+The only registry of the project: Hugging Face architecture -> our module. Any other runs through `transformers`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from burnish.config import ModelConfig
+from burnish.model.attention import Kernel, attend_sdpa, choose_attention
+from burnish.model.base import CausalLM, UnsupportedModel
+from burnish.model.dense import LLAMA, QWEN2, QWEN3, DenseLM
+from burnish.model.hf_io import find_folder, read_config, read_weights
+from burnish.types import UserError
+
+ARCHITECTURES: Mapping[str, Callable[[dict[str, Any], Kernel], CausalLM]] = {
+    "LlamaForCausalLM": partial(DenseLM, family=LLAMA),
+    "Qwen2ForCausalLM": partial(DenseLM, family=QWEN2),
+    "Qwen3ForCausalLM": partial(DenseLM, family=QWEN3),
+}
+MODEL_TYPES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model with its weights, and what to print about it."""
+
+    model: CausalLM
+    implementation: Literal["native", "transformers"]
+    reason: str
+    """Why this implementation was taken."""
+    attention: str
+    """The attention kernel."""
+    folder: Path
+    """Where config.json was read: the place to look for a tokenizer."""
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {
+            "architecture": architecture_of(self.model.config),
+            "implementation": f"{self.implementation} ({self.reason})",
+            "attention": self.attention,
+            "parameters": self.num_parameters,
+        }
+
+
+def load_model(
+    model: ModelConfig,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    seed: int,
+) -> Loaded:
+    """The model of a recipe: weights of `model.path`, or random ones of the shape of `model.init` drawn from `seed`.
+
+    `dtype` is that of the parameters, `compute_dtype` that of the activations, by which the attention kernel is chosen.
+    Raises UserError where there is no such model, or the implementation or kernel asked for cannot run it.
+    """
+    if model.path is not None:
+        folder = find_folder(model.path, model.revision, with_code=model.trust_remote_code)
+        config = complete(read_config(folder))
+    else:
+        assert model.init is not None
+        source = Path(model.init)
+        folder = source if source.is_dir() else source.parent
+        config = complete(read_config(source))
+    implementation, reason = choose_implementation(model.implementation, config)
+    attention = choose_attention(model.attention, device, compute_dtype)
+    if implementation == "transformers":
+        raise NotImplementedError
+    built = build(config, attention.kernel, dtype=dtype, device=device)
+    if model.path is not None:
+        read_weights(folder, built)
+    else:
+        initialise(built, seed)
+    return Loaded(built, implementation, reason, attention.name, folder)
+
+
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with `architectures` and `model_type`, where one of them is ours and tells the other.
+
+    Raises UserError where it has neither.
+    """
+    names, model_type = config.get("architectures"), config.get("model_type")
+    if names:
+        return config if model_type or names[0] not in MODEL_TYPES else {**config, "model_type": MODEL_TYPES[names[0]]}
+    if model_type is None:
+        raise UserError('config.json names no architecture; add architectures, such as ["Qwen3ForCausalLM"]')
+    ours = [name for name in MODEL_TYPES if MODEL_TYPES[name] == model_type]
+    return {**config, "architectures": ours} if ours else config
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    return (config.get("architectures") or [config["model_type"]])[0]
+
+
+def choose_implementation(
+    asked: Literal["auto", "native", "transformers"], config: dict[str, Any]
+) -> tuple[Literal["native", "transformers"], str]:
+    """Whose modules run a config, and why.
+
+    Raises UserError where native ones are asked for and there are none.
+    """
+    if asked == "transformers":
+        return "transformers", "as model.implementation says"
+    obstacle = _native_obstacle(config)
+    if obstacle is None:
+        return "native", "as model.implementation says" if asked == "native" else "the architecture is one of ours"
+    if asked == "auto":
+        return "transformers", obstacle
+    raise UserError(f"model.implementation=native: {obstacle}; set it to auto or transformers")
+
+
+def _native_obstacle(config: dict[str, Any]) -> str | None:
+    try:
+        build(config, attend_sdpa, dtype=torch.float32, device="meta")
+    except UnsupportedModel as error:
+        return str(error)
+    return None
+
+
+def build(config: dict[str, Any], kernel: Kernel, *, dtype: torch.dtype, device: torch.device | str) -> CausalLM:
+    """Our module for a config.json, its parameters uninitialised.
+
+    Raises UnsupportedModel for an architecture or feature that is not ours.
+    """
+    architecture = architecture_of(config)
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedModel(f"{architecture} is none of the native {', '.join(ARCHITECTURES)}")
+    with torch.device("meta"):
+        model = ARCHITECTURES[architecture](config, kernel)
+    return model.to(dtype).to_empty(device=device)
+
+
+@torch.no_grad()
+def initialise(model: CausalLM, seed: int) -> None:
+    """Write random weights as `transformers` does: matrices from N(0, initializer_range^2), norms 1, biases 0.
+
+    Every tensor is drawn on the CPU in float32 from a generator of its own, seeded by (seed, name), so that neither
+    layout nor device nor data type changes it.
+    """
+    deviation = model.config.get("initializer_range") or 0.02
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.zero_()
+        elif parameter.ndim == 1:
+            parameter.fill_(1.0)
+        else:
+            parameter.copy_(torch.normal(0.0, deviation, tuple(parameter.shape), generator=_generator(seed, name)))
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
