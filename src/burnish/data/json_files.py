@@ -1,0 +1,290 @@
+"""Random access to the rows of .jsonl and .json files, without holding them.
+
+Opening reads a file once, hashes it and keeps the offset of every 32 KiB; a row is found again by reading its block.
+So the index of 10 GB is some 10 MB, and a pickled file is a path and its index: workers open what they read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import orjson
+
+from burnish.data.schema import Schema, Signature, schema_of, signature
+from burnish.types import RowError, UserError
+
+BLOCK_BYTES = 32_768
+BOM = b"\xef\xbb\xbf"
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """What data.json says of a file; `hash` is blake2b of its bytes, hex."""
+
+    path: str
+    bytes: int
+    rows: int
+    hash: str
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class BlockIndex:
+    """Blocks of whole rows: bytes [offsets[b], offsets[b+1]), beginning with row firsts[b]. Both int64 [B+1]."""
+
+    offsets: np.ndarray
+    firsts: np.ndarray
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.firsts[-1])
+
+    def find(self, row: int) -> tuple[int, int]:
+        """The block that holds a row, and the row's place in it."""
+        block = int(np.searchsorted(self.firsts, row, side="right")) - 1
+        return block, row - int(self.firsts[block])
+
+    def read(self, path: Path, size: int, block: int) -> bytes:
+        """The bytes of a block. Raises UserError where the file no longer has the size it was indexed with."""
+        with path.open("rb") as file:
+            if file.seek(0, 2) != size:
+                raise UserError(
+                    f"{path} was changed while in use: it had {size} bytes; start again with a file that stays"
+                )
+            file.seek(self.offsets[block])
+            return file.read(int(self.offsets[block + 1] - self.offsets[block]))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class JsonLines:
+    """A .jsonl file. Blank lines are no rows; broken lines are rows that raise RowError."""
+
+    path: Path
+    index: BlockIndex
+    lines: np.ndarray  # int64 [B+1]: lines before each block
+    schema: Schema
+    facts: FileFacts
+
+    def __len__(self) -> int:
+        return self.facts.rows
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return parse_row(self._line(row)[1])
+
+    def where(self, row: int) -> str:
+        return f"{self.path.name}:{self._line(row)[0]}"
+
+    def _line(self, row: int) -> tuple[int, bytes]:
+        """A row's line, counted from 1, and its text."""
+        block, place = self.index.find(row)
+        number, text = rows_in(self.index.read(self.path, self.facts.bytes, block))[place]
+        return int(self.lines[block]) + number, text
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class JsonArray:
+    """A .json file that holds one array of rows."""
+
+    path: Path
+    index: BlockIndex
+    schema: Schema
+    facts: FileFacts
+
+    def __len__(self) -> int:
+        return self.facts.rows
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        block, place = self.index.find(row)
+        text = self.index.read(self.path, self.facts.bytes, block).decode().rstrip().removesuffix(",")
+        return _checked_row(json.loads(f"[{text}]")[place], text)
+
+    def where(self, row: int) -> str:
+        return f"{self.path.name}[{row}]"
+
+
+def open_lines(path: Path) -> JsonLines:
+    """Index, hash and scan a .jsonl file in one pass. Raises UserError where it is a .json array under a wrong name."""
+    digest = hashlib.blake2b(digest_size=16)
+    signatures: Counter[Signature] = Counter()
+    offsets, firsts, lines = [0], [0], [0]
+    with path.open("rb") as file:
+        offsets[0] = skip_bom(file)
+        digest.update(BOM[: offsets[0]])
+        for block in _blocks(file):
+            rows = rows_in(block)
+            signatures.update(_signatures(rows))
+            digest.update(block)
+            offsets.append(offsets[-1] + len(block))
+            firsts.append(firsts[-1] + len(rows))
+            lines.append(lines[-1] + block.count(b"\n"))
+    index = BlockIndex(np.array(offsets), np.array(firsts))
+    schema = schema_of(signatures)
+    if index.num_rows and not schema.shapes and _first_byte(path) == b"[":
+        raise UserError(f"{path} holds a JSON array, not one JSON object per line; rename it to {path.stem}.json")
+    facts = FileFacts(str(path), offsets[-1], index.num_rows, digest.hexdigest())
+    return JsonLines(path, index, np.array(lines), schema, facts)
+
+
+def open_array(path: Path) -> JsonArray:
+    """Index, hash and scan a .json file.
+
+    Raises UserError with line and column where it is broken, and where it is no array.
+    """
+    data = path.read_bytes()
+    text = _decoded(path, data)
+    signatures: Counter[Signature] = Counter()
+    offsets, firsts, begin, num_rows = [0], [0], 0, 0
+    for start, row in _elements(path, text):
+        if num_rows == 0:
+            begin = start
+            offsets[0] = _num_bytes(text, 0, start) + len(data) - len(data.removeprefix(BOM))
+        elif start - begin >= BLOCK_BYTES:
+            offsets.append(offsets[-1] + _num_bytes(text, begin, start))
+            firsts.append(num_rows)
+            begin = start
+        num_rows += 1
+        if isinstance(row, dict):
+            signatures[signature(row)] += 1
+    end = text.rindex("]")
+    index = BlockIndex(np.array([*offsets, offsets[-1] + _num_bytes(text, begin, end)]), np.array([*firsts, num_rows]))
+    facts = FileFacts(str(path), len(data), num_rows, hashlib.blake2b(data, digest_size=16).hexdigest())
+    return JsonArray(path, index, schema_of(signatures), facts)
+
+
+def parse_row(text: bytes) -> dict[str, Any]:
+    """One JSON object. Raises RowError with the parser's own words.
+
+    The standard parser, because orjson reads integers beyond 64 bits as floats.
+    """
+    try:
+        decoded = text.decode()
+        return _checked_row(json.loads(decoded), decoded)
+    except json.JSONDecodeError as error:
+        raise RowError(f"broken JSON: {error.msg} at column {error.pos + 1}") from None
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8: {error.reason} at byte {error.start + 1}; save the file as UTF-8") from None
+    except RecursionError:
+        raise RowError("broken JSON: nested too deeply") from None
+
+
+def json_kind(value: Any) -> str:
+    """What a JSON value is, for messages: `a list`, `text`, `null`."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
+def rows_in(block: bytes) -> list[tuple[int, bytes]]:
+    """The lines of a block that are not blank, with their numbers from 1."""
+    return [(number, line) for number, line in enumerate(block.split(b"\n"), 1) if line.strip()]
+
+
+def skip_bom(file: BinaryIO) -> int:
+    """Stand behind a byte order mark; its length."""
+    length = len(BOM) if file.read(len(BOM)) == BOM else 0
+    file.seek(length)
+    return length
+
+
+def _checked_row(value: Any, text: str) -> dict[str, Any]:
+    """`value`, parsed from `text`, as a row. Raises RowError where it is no object, or holds half a character."""
+    if not isinstance(value, dict):
+        raise RowError(f"the row is {json_kind(value)}, not a JSON object")
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise RowError(f"{half} is half of a character (a lone surrogate), which no tokenizer can read") from None
+    return value
+
+
+def _blocks(file: BinaryIO) -> Iterator[bytes]:
+    while block := file.read(BLOCK_BYTES):
+        yield block if block.endswith(b"\n") else block + file.readline()
+
+
+def _signatures(rows: list[tuple[int, bytes]]) -> Iterator[Signature]:
+    for _, line in rows:
+        try:
+            row = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            try:
+                row = parse_row(line)
+            except RowError:
+                continue
+        if isinstance(row, dict):
+            yield signature(row)
+
+
+def _first_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        skip_bom(file)
+        return file.read(BLOCK_BYTES).lstrip()[:1]
+
+
+def _decoded(path: Path, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start + 1}; save it as UTF-8") from None
+
+
+def _num_bytes(text: str, start: int, stop: int) -> int:
+    return len(text[start:stop].encode())
+
+
+def _elements(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """Where each element of the array begins, and the element."""
+    decoder = json.JSONDecoder()
+    place = _after_space(text, 0)
+    if text[place : place + 1] != "[":
+        raise _no_array(path, text)
+    place = _after_space(text, place + 1)
+    more = text[place : place + 1] != "]"
+    try:
+        while more:
+            row, stop = decoder.raw_decode(text, place)
+            yield place, row
+            stop = _after_space(text, stop)
+            more = text[stop : stop + 1] == ","
+            if not more and text[stop : stop + 1] != "]":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, stop)
+            place = _after_space(text, stop + 1) if more else stop
+        rest = _after_space(text, place + 1)
+        if rest < len(text):
+            raise json.JSONDecodeError("Extra data", text, rest)
+    except json.JSONDecodeError as error:
+        raise _broken(path, error) from None
+
+
+def _after_space(text: str, place: int) -> int:
+    match = _SPACE.match(text, place)
+    assert match is not None
+    return match.end()
+
+
+def _broken(path: Path, error: json.JSONDecodeError) -> UserError:
+    return UserError(f"{path}: broken JSON: {error.msg} at line {error.lineno} column {error.colno}")
+
+
+def _no_array(path: Path, text: str) -> UserError:
+    if not text.strip():
+        return UserError(f"{path} is empty; a .json source must hold one array of rows")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return UserError(f"{path} holds one JSON value per line, not one array; rename it to {path.stem}.jsonl")
+        return _broken(path, error)
+    lists = [name for name, item in value.items() if isinstance(item, list)] if isinstance(value, dict) else []
+    inside = f"; its rows may be in .{lists[0]}: jq -c '.{lists[0]}[]' {path.name} > {path.stem}.jsonl" if lists else ""
+    return UserError(f"{path} holds {json_kind(value)}; a .json source must hold one array of rows{inside}")
