@@ -208,14 +208,22 @@ def _readouts(series: Sequence[Series], x_axis: _Axis) -> str:
     parts = []
     for x, left, right in zip(columns, [x_axis.low, *between], [*between, x_axis.high], strict=True):
         start, end = x_axis.percent(left), x_axis.percent(right)
-        here = [(one.name, value[x]) for one, value in zip(series, values, strict=True) if x in value]
-        shown = "  ".join(f"{name} {'not finite' if y is None else number_text(float(y))}" for name, y in here)
+        here = [(one, value[x]) for one, value in zip(series, values, strict=True) if x in value]
+        shown = "".join(_readout(one, y, named=len(series) <= 2) for one, y in here)
         parts.append(
             f'<g class="hit"><rect x="{start:.2f}%" width="{end - start:.2f}%" height="100%"/>'
             f'<line x1="{x_axis.percent(x):.2f}%" x2="{x_axis.percent(x):.2f}%" y2="100%"/>'
-            f'<text x="100%" y="-7" text-anchor="end">step {x:,.0f}  {html.escape(shown)}</text></g>'
+            f'<text x="100%" y="-7" text-anchor="end">step {x:,.0f}{shown}</text></g>'
         )
     return "".join(parts)
+
+
+def _readout(series: Series, y: float | None, named: bool) -> str:
+    """A value with its name, or in its colour where the names of many would not fit."""
+    text = "not finite" if y is None else number_text(float(y))
+    if named:
+        return f"  {html.escape(series.name)} {text}"
+    return f'<tspan class="value c{series.colour % NUM_COLOURS}">  {text}</tspan>'
 
 
 def _readout_columns(series: Sequence[Series]) -> list[float]:

@@ -391,7 +391,7 @@ figcaption b { font-weight: 600; }
 .c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color: var(--c5); }
 .hit { opacity: 0; } .hit:hover { opacity: 1; }
 .hit rect { fill: transparent; } .hit line { stroke: var(--axis); stroke-dasharray: 3 3; }
-.hit text { fill: var(--text); font-size: 12px; white-space: pre; }
+.hit text { fill: var(--text); font-size: 12px; white-space: pre; } .hit .value { fill: currentColor; }
 .hit * { pointer-events: none; } .hit rect { pointer-events: all; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 14px; }
