@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import signal
 import time
@@ -21,6 +22,8 @@ from burnish.observe.trackers import Tracker
 from burnish.train.checkpoint import retain
 from burnish.types import Source, Stats, StepInput, Trainer, UserError
 
+LOG = logging.getLogger(__name__)
+
 
 class NonFiniteError(UserError):
     """A step's loss or gradient was not finite; its update was withheld, and nothing was saved since."""
@@ -33,9 +36,6 @@ class Watcher(Protocol):
 
     def evaluation(self, line: Line) -> None: ...
 
-    def notice(self, text: str) -> None: ...
-
-    def warning(self, text: str) -> None: ...
 
 
 class RunFolder:
@@ -191,7 +191,7 @@ class Run:
             raise NonFiniteError(
                 f"{message}; look at them, lower optim.lr, or set train.on_nonfinite=skip to go on without such steps"
             )
-        self.watcher.warning(f"{message}; skipped, as train.on_nonfinite says")
+        LOG.warning(f"{message}; skipped, as train.on_nonfinite says")
 
     def _write(self, line: Line) -> None:
         self.metrics.write(line)
@@ -230,7 +230,7 @@ class Run:
         progress.stale_evaluations += 1
         if stopping and progress.stale_evaluations >= stopping.patience:
             self.stopped_early = True
-            self.watcher.notice(
+            LOG.info(
                 f"the held-out loss has not fallen below {progress.best_loss:.4f} (step {progress.best_step}) for "
                 f"{progress.stale_evaluations} evaluations: stopping early"
             )
@@ -270,7 +270,7 @@ def stop_on_signals(run: Run) -> Iterator[None]:
         if run.interrupted is not None and number == signal.SIGINT:
             os._exit(128 + number)
         run.interrupted = signal.Signals(number)
-        run.watcher.notice(
+        LOG.info(
             f"{signal.Signals(number).name}: finishing the step, then saving; Ctrl-C again stops at once"
         )
 

@@ -1,0 +1,43 @@
+"""How many steps a run has, and where its epochs end."""
+
+import numpy as np
+import pytest
+
+from burnish.config import Recipe, RecipeError, recipe_from_dict
+from burnish.data.order import Order
+from burnish.length import RunLength, needs_every_row, run_length
+
+
+def make_recipe(*overrides: str) -> Recipe:
+    return recipe_from_dict(
+        {"model": {"path": "m"}, "data": {"train": [{"path": "a"}]}, "batch": {"samples": 4}}, overrides
+    )
+
+
+ORDER = Order([10], [None], seed=0)
+
+
+def test_epochs_in_steps_with_the_last_batch_of_each_partial() -> None:
+    assert run_length(make_recipe("train.epochs=2"), ORDER) == RunLength(6, frozenset({3, 6}))
+    assert run_length(make_recipe("train.epochs=0.5"), ORDER) == RunLength(2, frozenset())
+    assert run_length(make_recipe("train.epochs=2.1"), ORDER).total_steps == 7
+    assert run_length(make_recipe("train.steps=7"), ORDER) == RunLength(7, frozenset({3, 6}))
+
+
+def test_dropped_rows_and_token_batches_need_every_row() -> None:
+    assert needs_every_row(make_recipe(), ORDER) is None
+    assert needs_every_row(make_recipe("data.over_long=drop"), ORDER) == "data.over_long=drop"
+    assert needs_every_row(make_recipe("data.over_long=drop", "train.steps=5"), ORDER) is None
+    tokens = make_recipe("batch.samples=null", "batch.tokens=25")
+    assert needs_every_row(tokens, ORDER) == "batch.tokens=25"
+    dropped = run_length(make_recipe("data.over_long=drop"), ORDER, [np.array([0, 0, 0, 5, 5, 5, 5, 5, 5, 5])])
+    assert dropped == RunLength(2, frozenset({2}))
+    assert run_length(tokens, ORDER, [np.full(10, 10)]) == RunLength(5, frozenset({5}))
+    assert run_length(make_recipe("batch.samples=null", "batch.tokens=25", "train.steps=3"), ORDER) == RunLength(3)
+
+
+def test_endless_data_has_no_epochs() -> None:
+    endless = Order([None], [None], seed=0)
+    assert run_length(make_recipe("train.steps=3"), endless) == RunLength(3)
+    with pytest.raises(RecipeError, match=r"evaluate\.every=epoch.*number of steps"):
+        run_length(make_recipe("train.steps=3", "evaluate.every=epoch"), endless)
