@@ -6,8 +6,10 @@ Shape suffixes: T tokens of a pack, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from burnish.model.lm_head import Head
@@ -41,4 +43,8 @@ class CausalLM(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks in order: the units of recompute, compile and sharding."""
+        raise NotImplementedError
+
+    def export(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write config.json and safetensors in `dtype` into an existing folder, as `transformers` reads them."""
         raise NotImplementedError

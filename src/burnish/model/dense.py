@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional
 
 from burnish.model.attention import Kernel
 from burnish.model.base import CausalLM, UnsupportedModel
+from burnish.model.hf_io import write_model
 from burnish.model.lm_head import Head
 from burnish.model.rope import Rope, Rotary, read_rope, rotate
 from burnish.types import Documents, UserError
@@ -88,7 +90,8 @@ _NO_EFFECT = {
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "name_or_path", "pretraining_tp", "torchscript",
     "output_attentions", "output_hidden_states", "return_dict", "return_dict_in_generate", "chunk_size_feed_forward",
     "tie_encoder_decoder", "is_decoder", "id2label", "label2id", "problem_type", "finetuning_task",
-    "task_specific_params", "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "tokenizer_class",
+    "task_specific_params", "max_length",
+    "min_length", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "tokenizer_class",
     "max_window_layers", "unsloth_fixed", "unsloth_version",
 }  # fmt: skip
 """Keys that change no hidden state: bookkeeping, token ids, generation, and which layers a window would be in."""
@@ -279,3 +282,6 @@ class DenseLM(CausalLM):
 
     def blocks(self) -> list[nn.Module]:
         return list(self.model.layers)
+
+    def export(self, folder: Path, dtype: torch.dtype) -> None:
+        write_model(folder, self.config, dict(self.named_parameters()), dtype)

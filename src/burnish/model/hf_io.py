@@ -51,7 +51,8 @@ def find_folder(path: str, revision: str = "main", with_code: bool = False) -> P
     except LocalEntryNotFoundError:
         raise UserError(
             f"{path} is no folder here, and as a hub id (revision {revision}) it is not in the cache and the hub "
-            f"cannot be reached; correct the path, unset HF_HUB_OFFLINE, or run `hf download {path}` where there is a network"
+            f"cannot be reached; correct the path, unset HF_HUB_OFFLINE, or run `hf download {path}` where there is a "
+            "network"
         ) from None
     except HfHubHTTPError as error:
         raise UserError(f"{path} is no folder here, and the hub says of it (revision {revision}): {error}") from error
@@ -77,7 +78,7 @@ def read_weights(folder: Path, model: CausalLM) -> None:
     Raises one UserError that lists every missing, unexpected and misshapen tensor; nothing is copied then.
     """
     parameters = dict(model.named_parameters())
-    stored = {name: file for name, file in _locate_tensors(folder).items() if not name.endswith("rotary_emb.inv_freq")}
+    stored = {name: file for name, file in locate_tensors(folder).items() if not name.endswith("rotary_emb.inv_freq")}
     copies = {name: target for name, target in model.aliases.items() if name in stored}
     _check_names(folder, parameters.keys(), stored.keys() - copies.keys())
     _check_shapes(folder, parameters, stored, copies)
@@ -88,8 +89,8 @@ def read_weights(folder: Path, model: CausalLM) -> None:
         _check_copy(folder, stored, name, target)
 
 
-def _locate_tensors(folder: Path) -> dict[str, Path]:
-    """The file of every tensor of the folder, by tensor name."""
+def locate_tensors(folder: Path) -> dict[str, Path]:
+    """The file of every tensor of the folder, by tensor name. Raises UserError where there are no safetensors."""
     if (folder / SINGLE).is_file():
         with _opened(folder / SINGLE) as file:
             return dict.fromkeys(file.keys(), folder / SINGLE)

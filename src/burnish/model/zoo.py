@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -18,8 +18,11 @@ from burnish.config import ModelConfig
 from burnish.model.attention import Kernel, attend_sdpa, choose_attention
 from burnish.model.base import CausalLM, UnsupportedModel
 from burnish.model.dense import LLAMA, QWEN2, QWEN3, DenseLM
-from burnish.model.hf_io import find_folder, read_config, read_weights
+from burnish.model.hf_io import find_folder, locate_tensors, read_config, read_weights
 from burnish.types import UserError
+
+if TYPE_CHECKING:
+    from burnish.model.hf_model import HFModel
 
 ARCHITECTURES: Mapping[str, Callable[[dict[str, Any], Kernel], CausalLM]] = {
     "LlamaForCausalLM": partial(DenseLM, family=LLAMA),
@@ -69,24 +72,45 @@ def load_model(
     `dtype` is that of the parameters, `compute_dtype` that of the activations, by which the attention kernel is chosen.
     Raises UserError where there is no such model, or the implementation or kernel asked for cannot run it.
     """
-    if model.path is not None:
-        folder = find_folder(model.path, model.revision, with_code=model.trust_remote_code)
-        config = complete(read_config(folder))
-    else:
-        assert model.init is not None
-        source = Path(model.init)
-        folder = source if source.is_dir() else source.parent
-        config = complete(read_config(source))
+    source = Path(model.init) if model.init else find_folder(str(model.path), model.revision, model.trust_remote_code)
+    folder = source if source.is_dir() else source.parent
+    config = complete(read_config(source))
     implementation, reason = choose_implementation(model.implementation, config)
-    attention = choose_attention(model.attention, device, compute_dtype)
     if implementation == "transformers":
-        raise NotImplementedError
-    built = build(config, attention.kernel, dtype=dtype, device=device)
-    if model.path is not None:
-        read_weights(folder, built)
+        loaded = _load_by_transformers(model, config, folder, device, dtype, compute_dtype, seed)
+        return Loaded(loaded, implementation, reason, loaded.attention, folder)
+    attention = choose_attention(model.attention, device, compute_dtype)
+    native = build(config, attention.kernel, dtype=dtype, device=device)
+    if model.init:
+        initialise(native, seed)
     else:
-        initialise(built, seed)
-    return Loaded(built, implementation, reason, attention.name, folder)
+        read_weights(folder, native)
+    return Loaded(native, implementation, reason, attention.name, folder)
+
+
+def _load_by_transformers(
+    model: ModelConfig,
+    config: dict[str, Any],
+    folder: Path,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    seed: int,
+) -> HFModel:
+    from burnish.model.hf_model import load_hf_model  # transformers takes seconds to import
+
+    if not model.init:
+        locate_tensors(folder)  # transformers would go on to .bin files, or fail without a remedy
+    return load_hf_model(
+        folder,
+        device=device,
+        dtype=dtype,
+        compute_dtype=compute_dtype,
+        attention=model.attention,
+        trust_remote_code=model.trust_remote_code,
+        init_config=config if model.init else None,
+        seed=seed,
+    )
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
