@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -115,23 +115,23 @@ def open_lines(path: Path) -> JsonLines:
     """Index, hash and scan a .jsonl file in one pass. Raises UserError where it is a .json array under a wrong name."""
     digest = hashlib.blake2b(digest_size=16)
     signatures: Counter[Signature] = Counter()
-    offsets, firsts, lines = [0], [0], [0]
     with path.open("rb") as file:
-        offsets[0] = skip_bom(file)
-        digest.update(BOM[: offsets[0]])
+        begin = skip_bom(file)
+        if _is_array(file, path.stat().st_size):
+            raise UserError(f"{path} holds a JSON array, not one JSON object per line; rename it to {path.stem}.json")
+        file.seek(begin)
+        digest.update(BOM[:begin])
+        offsets, firsts, lines = [begin], [0], [0]
         for block in _blocks(file):
             rows = rows_in(block)
-            signatures.update(_signatures(rows))
+            signatures.update(signatures_of(text for _, text in rows))
             digest.update(block)
             offsets.append(offsets[-1] + len(block))
             firsts.append(firsts[-1] + len(rows))
             lines.append(lines[-1] + block.count(b"\n"))
     index = BlockIndex(np.array(offsets), np.array(firsts))
-    schema = schema_of(signatures)
-    if index.num_rows and not schema.shapes and _first_byte(path) == b"[":
-        raise UserError(f"{path} holds a JSON array, not one JSON object per line; rename it to {path.stem}.json")
     facts = FileFacts(str(path), offsets[-1], index.num_rows, digest.hexdigest())
-    return JsonLines(path, index, np.array(lines), schema, facts)
+    return JsonLines(path, index, np.array(lines), schema_of(signatures), facts)
 
 
 def open_array(path: Path) -> JsonArray:
@@ -187,6 +187,20 @@ def rows_in(block: bytes) -> list[tuple[int, bytes]]:
     return [(number, line) for number, line in enumerate(block.split(b"\n"), 1) if line.strip()]
 
 
+def signatures_of(texts: Iterable[bytes]) -> Iterator[Signature]:
+    """The signature of each JSON text that is a row."""
+    for text in texts:
+        try:
+            row = orjson.loads(text)
+        except orjson.JSONDecodeError:
+            try:
+                row = parse_row(text)
+            except RowError:
+                continue
+        if isinstance(row, dict):
+            yield signature(row)
+
+
 def skip_bom(file: BinaryIO) -> int:
     """Stand behind a byte order mark; its length."""
     length = len(BOM) if file.read(len(BOM)) == BOM else 0
@@ -212,23 +226,11 @@ def _blocks(file: BinaryIO) -> Iterator[bytes]:
         yield block if block.endswith(b"\n") else block + file.readline()
 
 
-def _signatures(rows: list[tuple[int, bytes]]) -> Iterator[Signature]:
-    for _, line in rows:
-        try:
-            row = orjson.loads(line)
-        except orjson.JSONDecodeError:
-            try:
-                row = parse_row(line)
-            except RowError:
-                continue
-        if isinstance(row, dict):
-            yield signature(row)
-
-
-def _first_byte(path: Path) -> bytes:
-    with path.open("rb") as file:
-        skip_bom(file)
-        return file.read(BLOCK_BYTES).lstrip()[:1]
+def _is_array(file: BinaryIO, size: int) -> bool:
+    """Whether a file begins and ends as a JSON array does."""
+    head = file.read(BLOCK_BYTES).lstrip()[:1]
+    file.seek(max(0, size - BLOCK_BYTES))
+    return head + file.read().rstrip()[-1:] == b"[]"
 
 
 def _decoded(path: Path, data: bytes) -> str:

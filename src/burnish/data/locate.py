@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,9 @@ KINDS = (".jsonl", ".json", ".parquet")
 _SAVED = ("state.json", "dataset_dict.json")
 _SUFFIX = re.compile(r"(.*)@(\[.*\])", re.DOTALL)
 _BOUNDS = re.compile(r"\[?(-?\d*):(-?\d*)\]?")
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_FILE_SUFFIXES = (*KINDS, ".gz", ".zst", ".bz2", ".xz", ".zip", ".csv", ".tsv", ".txt", ".arrow")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip")
+_FILE_SUFFIXES = (*KINDS, *_COMPRESSED, ".csv", ".tsv", ".txt", ".arrow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +45,9 @@ def locate(source: SourceConfig, key: str) -> Place:
             return Place(name or place.resolve().name, bounds, folder=place.absolute())
         return Place(name or place.resolve().name, bounds, files=_in_folder(place, f"{key}.path={path}"))
     if place.exists():
-        return Place(name or place.stem, bounds, files=_supported([place], f"{key}.path={path}"))
+        return Place(name or place.stem, bounds, files=(_supported(place, f"{key}.path={path}"),))
     if glob.has_magic(path):
-        found = [Path(hit) for hit in sorted(glob.glob(str(place), recursive=True)) if Path(hit).is_file()]
-        if not found:
-            raise UserError(f"{key}.path={path}: no file matches {place.absolute()}{_near(place)}")
-        return Place(name or _stem(place), bounds, files=_supported(found, f"{key}.path={path}"))
+        return Place(name or _stem(place), bounds, files=_matching(place, f"{key}.path={path}"))
     if _HUB_NAME.fullmatch(path) and not path.endswith(_FILE_SUFFIXES):
         return Place(name or path, bounds, hub=path)
     raise UserError(
@@ -77,21 +76,32 @@ def _bounds(text: str, key: str) -> tuple[int | None, int | None]:
 
 
 def _in_folder(folder: Path, setting: str) -> tuple[Path, ...]:
-    files = sorted(file for file in folder.iterdir() if file.suffix in KINDS and file.is_file())
+    files = _readable(folder.iterdir())
     if not files:
         deeper = next((file.parent for file in sorted(folder.rglob("*")) if file.suffix in KINDS), None)
-        hint = f"; {deeper} holds some: name that folder, or use {folder}/**/*{KINDS[0]}" if deeper else ""
+        hint = f"; {deeper} holds some: name that folder" if deeper else ""
         raise UserError(f"{setting}: the folder {folder.absolute()} holds no {', '.join(KINDS)} file{hint}")
-    return tuple(file.absolute() for file in files)
+    return files
 
 
-def _supported(files: list[Path], setting: str) -> tuple[Path, ...]:
-    for file in files:
-        if file.suffix not in KINDS:
-            compressed = file.suffix in (".gz", ".zst", ".bz2", ".xz", ".zip")
-            remedy = "decompress it first" if compressed else f"burnish reads {', '.join(KINDS)}; convert it to .jsonl"
-            raise UserError(f"{setting}: {file} is not of a kind that can be read; {remedy}")
-    return tuple(file.absolute() for file in files)
+def _matching(pattern: Path, setting: str) -> tuple[Path, ...]:
+    files = _readable(map(Path, glob.glob(str(pattern), recursive=True)))
+    if not files:
+        raise UserError(f"{setting}: no {', '.join(KINDS)} file matches {pattern.absolute()}")
+    return files
+
+
+def _readable(entries: Iterable[Path]) -> tuple[Path, ...]:
+    return tuple(sorted(entry.absolute() for entry in entries if entry.suffix in KINDS and entry.is_file()))
+
+
+def _supported(file: Path, setting: str) -> Path:
+    if file.suffix in KINDS:
+        return file.absolute()
+    remedy = "decompress it first" if file.suffix in _COMPRESSED else "convert it to .jsonl"
+    raise UserError(
+        f"{setting}: a {file.suffix or 'file without a suffix'} cannot be read, only {', '.join(KINDS)}; {remedy}"
+    )
 
 
 def _near(place: Path) -> str:

@@ -235,7 +235,7 @@ def _tool(raw: Any, where: str) -> dict[str, Any]:
 
 
 def _weight(raw: Mapping[str, Any], where: str) -> float | None:
-    """A message's own weight: `weight` (slime's `step_loss_mask`) is a number, `train` (ms-swift's `loss`) a boolean."""
+    """A message's own weight: `weight` (slime: `step_loss_mask`) is a number, `train` (ms-swift: `loss`) a boolean."""
     given = [key for key in _WEIGHT if key in raw]
     if not given:
         return None

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from burnish.config import SourceConfig
-from burnish.data.json_files import FileFacts, open_array, open_lines, parse_row
+from burnish.data.json_files import FileFacts, open_array, open_lines, parse_row, signatures_of
 from burnish.data.locate import Place, locate
-from burnish.data.schema import Schema, Signature, schema_of, signature
+from burnish.data.schema import Schema, schema_of
 from burnish.data.tables import open_hub, open_parquet, open_saved, open_table
 from burnish.types import UserError
 
@@ -171,10 +171,9 @@ def _memory_part(rows: Any, name: str) -> Part:
         splits = f"; pass one of its splits, {', '.join(map(str, rows))}" if isinstance(rows, Mapping) else ""
         raise UserError(f"dataset is a {type(rows).__name__}; it must be a list of rows or a datasets.Dataset{splits}")
     texts = [_json(row, f"{name}[{number}]") for number, row in enumerate(rows)]
-    signatures: Counter[Signature] = Counter(signature(row) for row in rows if isinstance(row, Mapping))
     text = b"".join(texts)
     facts = FileFacts(name, len(text), len(texts), hashlib.blake2b(text, digest_size=16).hexdigest())
-    return JsonInMemory(text, np.cumsum([0, *map(len, texts)]), schema_of(signatures), facts)
+    return JsonInMemory(text, np.cumsum([0, *map(len, texts)]), schema_of(Counter(signatures_of(texts))), facts)
 
 
 def _json(row: Any, where: str) -> bytes:

@@ -110,7 +110,9 @@ def _scan(dataset: datasets.Dataset) -> tuple[Schema, str]:
     digest = hashlib.blake2b(digest_size=16)
     signatures: Counter[Signature] = Counter()
     for batch in dataset.with_format("arrow").iter(batch_size=_BATCH):
-        plain = cast("pa.Table", batch).combine_chunks().replace_schema_metadata()
+        table = cast("pa.Table", batch)
+        # A copy, because a slice's buffers may be written with more than the slice in them.
+        plain = table.take(np.arange(table.num_rows)).combine_chunks().replace_schema_metadata()
         with pa.BufferOutputStream() as buffer:
             with pa.ipc.new_stream(buffer, plain.schema) as writer:
                 writer.write_table(plain)
