@@ -122,15 +122,16 @@ def _needs(source: SourceConfig) -> dict[Format, tuple[str, ...]]:
     }
 
 
-def _fitting(shape: frozenset[str], source: SourceConfig) -> set[Format]:
-    fitting = {format for format, columns in _needs(source).items() if shape.issuperset(columns)}
+def _fitting(shape: frozenset[str], source: SourceConfig) -> list[Format]:
+    """The shapes that a row with these columns filled fits, but for those that another of them wins over."""
+    fitting = [format for format, columns in _needs(source).items() if shape.issuperset(columns)]
+    beaten: set[Format] = set()
     if Format.PROMPT in fitting:
         # A response_key of "completion" asks for a chat turn by name; else a completion makes it prompt/completion.
-        fitting -= {Format.PROMPT if source.response_key == "completion" else Format.MESSAGES}
-    if Format.MESSAGES in fitting:
-        # One column under either name: messages are read alike in both shapes.
-        fitting -= {Format.SHAREGPT} if _sharegpt_column(source) == source.messages_key else set()
-    return fitting
+        beaten.add(Format.PROMPT if source.response_key == "completion" else Format.MESSAGES)
+    if _sharegpt_column(source) == source.messages_key:
+        beaten.add(Format.SHAREGPT)  # messages are read alike in both shapes
+    return [format for format in fitting if format not in beaten]
 
 
 def _check_keys(schema: Schema, source: SourceConfig, key: str) -> None:
@@ -174,13 +175,14 @@ def _remedy(schema: Schema) -> str:
 
 
 def _from_messages(row: Row, source: SourceConfig) -> Conversation:
-    return _chat(
-        row, source, _with_system(row, source, to_messages(_column(row, source.messages_key), source.messages_key))
-    )
+    return _from_turns(row, source, source.messages_key)
 
 
 def _from_sharegpt(row: Row, source: SourceConfig) -> Conversation:
-    column = _sharegpt_column(source)
+    return _from_turns(row, source, _sharegpt_column(source))
+
+
+def _from_turns(row: Row, source: SourceConfig, column: str) -> Conversation:
     return _chat(row, source, _with_system(row, source, to_messages(_column(row, column), column)))
 
 

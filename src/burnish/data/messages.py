@@ -118,8 +118,8 @@ def _message(raw: Any, where: str) -> Message:
 def _role(given: Any, where: str) -> str:
     if given is None:
         raise RowError(f"{where}: the message has no role")
-    if given not in ROLES:
-        near = difflib.get_close_matches(str(given).lower(), ROLES, 1)
+    if _text(given, f"{where}: the role") not in ROLES:
+        near = difflib.get_close_matches(given.lower(), ROLES, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise RowError(f"{where}: unknown role {given!r}; {hint}the known ones are {', '.join(ROLES)}")
     return ROLES[given]
@@ -161,7 +161,7 @@ def _part(part: Any, where: str) -> tuple[str, Any]:
     if not isinstance(part, Mapping):
         raise RowError(f"{where} is {json_kind(part)}, not a content part")
     part = {key: value for key, value in part.items() if value is not None}
-    named = part.get("type", "text" if "text" in part else "")
+    named = _text(part.get("type", "text" if "text" in part else ""), f"{where}: the type")
     media = {named, *(key for key in part if part[key])} & _MEDIA
     if media:
         raise RowError(f"{where}: {min(media)} in the content; multimodal rows are not supported yet")
