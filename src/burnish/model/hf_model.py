@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from burnish.model.attention import Attention, Kernel, attend_sdpa, choose_attention
@@ -164,14 +164,13 @@ def load_hf_model(
     `dtype` is that of the parameters, `compute_dtype` that of the activations, by which the attention kernel is chosen.
     Raises UserError where there is no such model, weights are missing, or the logits are not those of a `Head`.
     """
-    config = _read_config(name, revision, trust_remote_code, init_config)
     if init_config is None:
-        inner = _read_weights(name, config, revision, trust_remote_code, dtype)
+        inner = read_inner(name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     else:
-        inner = _initialise(config, trust_remote_code, dtype, seed)
+        inner = _initialise(init_config, trust_remote_code, dtype, seed)
     nn.Module.to(inner, device)
     # varlen knows no softcap of scores, so auto must not choose it for a model that has one.
-    capped = attention == "auto" and getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    capped = attention == "auto" and getattr(inner.config.get_text_config(), "attn_logit_softcapping", None) is not None
     model = HFModel(inner, choose_attention("sdpa" if capped else attention, device, compute_dtype))
     verify_head(inner)
     obstacle = packing_obstacle(model)
@@ -180,44 +179,44 @@ def load_hf_model(
     return model
 
 
-def _read_config(
-    name: str | Path, revision: str, trust_remote_code: bool, init_config: dict[str, Any] | None
-) -> PreTrainedConfig:
-    raw = init_config or PreTrainedConfig.get_config_dict(name, revision=revision)[0]
-    model_type = raw.get("model_type")
-    if model_type not in CONFIG_MAPPING and not (trust_remote_code and "auto_map" in raw):
-        remedy = "set model.trust_remote_code=true if you trust its author" if "auto_map" in raw else "upgrade it"
-        raise UserError(f"{name}: model_type={model_type!r} is unknown to the installed transformers; {remedy}")
-    if init_config is None:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    return AutoConfig.for_model(**init_config)
-
-
-def _read_weights(
-    name: str | Path, config: PreTrainedConfig, revision: str, trust_remote_code: bool, dtype: torch.dtype
+def read_inner(
+    name: str | Path, *, dtype: torch.dtype | Literal["auto"], revision: str = "main", trust_remote_code: bool = False
 ) -> PreTrainedModel:
+    """The causal language model of a folder or hub id, as `transformers` builds it; dtype auto is the checkpoint's.
+
+    Raises UserError where its architecture is unknown or the checkpoint lacks weights.
+    """
+    raw, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    if raw.get("model_type") not in CONFIG_MAPPING and not (trust_remote_code and "auto_map" in raw):
+        remedy = "set model.trust_remote_code=true if you trust its author" if "auto_map" in raw else "upgrade it"
+        raise UserError(
+            f"{name}: model_type={raw.get('model_type')!r} is unknown to the installed transformers; {remedy}"
+        )
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        name,
-        config=config,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        dtype=dtype,
-        output_loading_info=True,
+        name, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype, output_loading_info=True
     )
     inner, report = loaded
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if absent:
         raise UserError(
             f"{name}: {len(absent)} weights of {type(inner).__name__} are missing from the checkpoint or have another "
-            f"shape, such as {absent[0]}; it would train from noise, so use a checkpoint that has them"
+            f"shape, such as {absent[0]}; they would be noise, so use a checkpoint that has them"
         )
     return inner
 
 
-def _initialise(config: PreTrainedConfig, trust_remote_code: bool, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+def config_of(raw: Mapping[str, Any]) -> PreTrainedConfig:
+    """A config.json as the config object of its model type. Raises UserError where `transformers` has none."""
+    model_type = raw.get("model_type", "")
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(f"model_type={model_type!r} is unknown to the installed transformers; upgrade it or correct it")
+    return CONFIG_MAPPING[model_type].from_dict(dict(raw))
+
+
+def _initialise(raw: Mapping[str, Any], trust_remote_code: bool, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(config_of(raw), dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def head_of(inner: PreTrainedModel) -> Head:
