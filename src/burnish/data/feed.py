@@ -1,0 +1,136 @@
+"""Prepared rows of a corpus: a pool of processes, stores on disk, and what training and evaluation read from them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from burnish.data.corpus import Corpus
+from burnish.data.order import Order
+from burnish.data.prepare import Item, Prepared, PreparePool, Preparer, Rejected
+from burnish.data.rows import Rows
+from burnish.data.source import CHUNK, BatchSize, RowsError, RowSource
+from burnish.data.store import StoredPreparation, TokenStore
+from burnish.types import Sample, Status
+
+SHOWN = 20
+"""Bad rows listed in one message."""
+
+
+@dataclass
+class Preparation:
+    """What preparing all rows of a source found. `lengths` are tokens by row, 0 for a row that is dropped."""
+
+    lengths: np.ndarray
+    num_trained: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    """Rows `kept`, `cut` (also kept), `bad` and `over_long`."""
+
+
+class Feed:
+    """Rows of `corpus` through `preparer`. Sources for which `stored` is true keep their samples below `folder`.
+
+    A context: it holds worker processes and files.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        preparer: Preparer,
+        workers: int,
+        stop_on: frozenset[str],
+        folder: Path | None = None,
+        store_train: bool = False,
+    ) -> None:
+        self.corpus = corpus
+        self.stop_on = stop_on
+        self._exit = ExitStack()
+        pool = self._exit.enter_context(PreparePool(preparer, workers))
+        stores: list[TokenStore | None] = []
+        for index, source in enumerate(corpus.sources):
+            stored = isinstance(source.rows, Rows) and (store_train or index >= len(corpus.train))
+            if folder is None or not stored:
+                stores.append(None)
+                continue
+            assert isinstance(source.rows, Rows)
+            store = TokenStore(folder / preparer.fingerprint(index)[:32], len(source.rows))
+            self._exit.callback(store.close)
+            stores.append(store)
+        self._prepare = StoredPreparation(pool.map, stores).map
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._exit.close()
+
+    def training(self, order: Order, size: BatchSize) -> RowSource:
+        """The training rows as a source of batches."""
+        streams = {i: s.rows for i, s in enumerate(self.corpus.train) if not isinstance(s.rows, Rows)}
+        selected = {i: s.selected for i, s in enumerate(self.corpus.train) if s.selected is not None}
+        return RowSource(order, self._prepare, size, selected, streams, self.stop_on)
+
+    def prepare_training(self) -> list[Preparation]:
+        """Prepare every training row. Raises RowsError that lists the rows which stop the run."""
+        return self._prepare_all(range(len(self.corpus.train)))
+
+    def prepare_held_out(self) -> list[Preparation]:
+        """Prepare every held-out row. Raises as `prepare_training`."""
+        return self._prepare_all(range(len(self.corpus.train), len(self.corpus.sources)))
+
+    def held_out(self) -> dict[str, Iterable[Sample]]:
+        """The samples of each held-out source, read anew at each pass."""
+        first = len(self.corpus.train)
+        return {source.name: _Kept(self, first + i) for i, source in enumerate(self.corpus.validation)}
+
+    def _prepare_all(self, indices: Iterable[int]) -> list[Preparation]:
+        stopping: list[str] = []
+        found = []
+        for index in indices:
+            source = self.corpus.sources[index]
+            numbers = source.row_numbers()
+            preparation = Preparation(np.zeros(len(numbers), np.int32))
+            for place, row in enumerate(self.rows(index)):
+                if isinstance(row, Rejected):
+                    preparation.counts[row.kind] += 1
+                    if row.kind in self.stop_on:
+                        stopping.append(row.message)
+                    continue
+                preparation.lengths[place] = len(row.tokens)
+                preparation.num_trained += row.num_trained
+                preparation.counts["kept"] += 1
+                preparation.counts["cut"] += row.status is Status.TRUNCATED
+            found.append(preparation)
+        if stopping:
+            more = f"\n  and {len(stopping) - SHOWN} more" if len(stopping) > SHOWN else ""
+            listed = "".join(f"\n  {message}" for message in stopping[:SHOWN])
+            raise RowsError(
+                f"{len(stopping)} rows cannot be trained on:{listed}{more}\n"
+                "mend them, or set data.bad_rows=drop (data.over_long for length) to go on without"
+            )
+        return found
+
+    def rows(self, index: int) -> Iterator[Prepared]:
+        """What becomes of each row of a source, in file order."""
+        numbers = self.corpus.sources[index].row_numbers()
+        chunks: Iterator[Sequence[Item]] = (
+            [(index, int(row)) for row in numbers[start : start + CHUNK]] for start in range(0, len(numbers), CHUNK)
+        )
+        for prepared in self._prepare(chunks):
+            yield from prepared
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The kept rows of one source; every iteration is a new pass."""
+
+    feed: Feed
+    index: int
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (row for row in self.feed.rows(self.index) if isinstance(row, Sample))
