@@ -159,10 +159,10 @@ class TextTokenizer:
 
     def encode_batch(self, rows: Sequence[Row], train_on: TrainOn = "assistant") -> list[Encoded | RowError]:
         """`encode` of each row, errors as values. Raises UserError where the tokenizer lacks what such rows need."""
-        drafts = [_caught(self._draft, row, train_on) for row in rows]
+        drafts = [caught(self._draft, row, train_on) for row in rows]
         texts = [draft.text for draft in drafts if isinstance(draft, _Draft)]
         encodings = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
-        return [_caught(self._weigh, d, next(encodings)) if isinstance(d, _Draft) else d for d in drafts]
+        return [caught(self._weigh, d, next(encodings)) if isinstance(d, _Draft) else d for d in drafts]
 
     def _draft(self, row: Row, train_on: TrainOn) -> _Draft | Encoded:
         if isinstance(row, TokenRow):
@@ -176,7 +176,7 @@ class TextTokenizer:
         template, stops = self._template(chat)
         kwargs = {**self.template_kwargs, **chat.template_kwargs}
         messages = [message_dict(message) for message in chat.messages]
-        rendering = _caught(template.trace, chat, kwargs)
+        rendering = caught(template.trace, chat, kwargs)
         if isinstance(rendering, RowError):
             if train_on != "all" or any(message.weight is not None for message in chat.messages):
                 raise rendering
@@ -517,7 +517,7 @@ def _text_place(number: int, message: Message, rendering: Rendering) -> Place:
     return found[0]
 
 
-def _caught(
+def caught(
     function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> Result | RowError:
     """The result, or the RowError as a value: one bad row must not spoil the batch it is tokenised in."""
