@@ -8,7 +8,7 @@ from conftest import native_model, tiny_config
 from burnish.config import OptimConfig
 from burnish.data.pack import Layout, pack
 from burnish.train.loss import CrossEntropy
-from burnish.train.trainer import LocalTrainer
+from burnish.train.trainer import LocalTrainer, Scorer
 from burnish.types import Sample
 
 
@@ -32,7 +32,7 @@ def make_trainer(dtype: torch.dtype, compute: torch.dtype | None = None, **optio
     model = native_model(tiny_config("qwen3"), dtype)
     loss = options.pop("loss", CrossEntropy())
     optim = OptimConfig(name="sgd", lr=0.1, weight_decay=0.0, schedule="constant", warmup_ratio=0.0)
-    return LocalTrainer(model, loss, CrossEntropy(), optim, total_steps=10, compute=compute or dtype, **options)  # pyright: ignore
+    return LocalTrainer(Scorer(model, compute or dtype), loss, optim, total_steps=10, **options)  # pyright: ignore
 
 
 def gradients(trainer: LocalTrainer, samples: list[Sample], layout: Layout, normalization: str) -> tuple[float, dict]:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallb
 from burnish.config import OptimConfig
 from burnish.data.pack import Layout, pack
 from burnish.train.loss import CrossEntropy
-from burnish.train.trainer import LocalTrainer
+from burnish.train.trainer import LocalTrainer, Scorer
 from burnish.types import Sample
 
 STEPS, ROWS = 50, 8
@@ -90,7 +90,7 @@ def test_fifty_steps_of_transformers_trainer(tmp_path: Path) -> None:
     trainer.train()
 
     optim = OptimConfig(lr=2e-3, schedule="constant", warmup_ratio=0.0, weight_decay=0.1)
-    local = LocalTrainer(ours, CrossEntropy(), CrossEntropy(), optim, total_steps=STEPS, compute=torch.float32)
+    local = LocalTrainer(Scorer(ours, torch.float32), CrossEntropy(), optim, total_steps=STEPS)
     losses = []
     for step in range(STEPS):
         inputs = pack(samples[step * ROWS : (step + 1) * ROWS], Layout(100))

@@ -87,7 +87,7 @@ def open_corpus(
         raise RecipeError("data.train is empty; name at least one source, such as [{path: rows.jsonl}]")
     if isinstance(data.validation, float) and validation_rows is None:
         return Corpus(*_split(train, data.validation, seed))
-    configs = () if isinstance(data.validation, float) else data.validation
+    configs = data.validation if isinstance(data.validation, tuple) else ()
     return Corpus(train, _opened(configs, "data.validation", validation_rows))
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from burnish.data.order import Order
-from burnish.data.prepare import Prepared, Rejected
+from burnish.data.prepare import Item, Prepared, Rejected, StreamedRow
+from burnish.data.streams import Stream
 from burnish.types import Sample, Source, Status, Trainer, UserError
 
 CHUNK = 64
@@ -26,9 +27,8 @@ class RowsError(UserError):
     """A row stops the run: bad or over-long where the recipe says `error`. What was trained before is worth saving."""
 
 
-Pairs = list[tuple[int, int]]
-PrepareRows = Callable[[Iterable[Pairs]], Iterator[list[Prepared]]]
-"""Maps chunks of (source, row) pairs to what became of each, in order."""
+PrepareRows = Callable[[Iterable[Sequence[Item]]], Iterator[list[Prepared]]]
+"""Maps chunks of rows to what became of each, in order."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,17 @@ class BatchSize:
 
 @dataclass
 class RowSource:
-    """Rows of files as an endless stream of batches; where epochs have an end, so has their last batch."""
+    """Rows of files as an endless stream of batches; where epochs have an end, so has their last batch.
+
+    `selected` has the row numbers that count of a source (by index) of which not all do; `streams` the streamed ones,
+    which are read an epoch's share at a time and shuffled within it.
+    """
 
     order: Order
-    names: Sequence[str]
     prepare: PrepareRows
     size: BatchSize
+    selected: Mapping[int, np.ndarray] = field(default_factory=dict)
+    streams: Mapping[int, Stream] = field(default_factory=dict)
     stop_on: frozenset[str] = frozenset({"bad", "over_long"})
     """Kinds of rejected rows that stop the run; others are dropped and counted."""
     epoch: int = 0
@@ -61,6 +66,8 @@ class RowSource:
     """By source: rows that were `kept`, `cut` (also kept), `bad` and `over_long` so far."""
     _feed: Iterator[tuple[int, int, Prepared]] | None = None
     _held: tuple[int, int, Prepared] | None = None
+    _stream_starts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By epoch from the current one on: where each stream stood before it."""
 
     def next(self) -> list[Sample]:
         """The next step's samples. Raises RowsError at a row that stops the run, UserError where no row is kept."""
@@ -92,6 +99,7 @@ class RowSource:
             if self.size.unit == "samples" and len(samples) == self.size.count:
                 break
         self.epoch, self.position = epoch, position
+        self._stream_starts = {e: start for e, start in self._stream_starts.items() if e >= epoch}
         for source, what in seen:
             self.counts.setdefault(source, Counter())[what] += 1
         return samples
@@ -104,11 +112,15 @@ class RowSource:
             "epoch": self.epoch,
             "position": self.position,
             "counts": {name: dict(counter) for name, counter in self.counts.items()},
+            "streams": self._stream_starts.get(self.epoch, {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.position = state["epoch"], state["position"]
         self.counts = {name: Counter(counter) for name, counter in state["counts"].items()}
+        for index, stream in self.streams.items():
+            if str(index) in state["streams"]:
+                stream.load_state_dict(state["streams"][str(index)])
         self._feed = self._held = None
 
     def _peek(self) -> tuple[int, int, Prepared]:
@@ -121,13 +133,15 @@ class RowSource:
     def _prepared_from(self, epoch: int, position: int) -> Iterator[tuple[int, int, Prepared]]:
         places: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
 
-        def chunks() -> Iterator[Pairs]:
+        def chunks() -> Iterator[list[Item]]:
             e, p = epoch, position
             while True:
+                blocks = self._read_blocks(e)
                 while p < self.order.epoch_length:
                     positions = np.arange(p, min(p + CHUNK, self.order.epoch_length))
                     places.put((e, p))
-                    yield list(zip(*(a.tolist() for a in self.order.at(e, positions)), strict=True))
+                    pairs = zip(*(a.tolist() for a in self.order.at(e, positions)), strict=True)
+                    yield [self._item(source, row, blocks) for source, row in pairs]
                     p += len(positions)
                 e, p = e + 1, 0
 
@@ -135,6 +149,21 @@ class RowSource:
             e, start = places.get()
             for i, row in enumerate(rows):
                 yield e, start + i, row
+
+    def _read_blocks(self, epoch: int) -> dict[int, list[StreamedRow]]:
+        """The rows of an epoch of each stream, whose places before it are kept for the cursor."""
+        self._stream_starts[epoch] = {str(index): stream.state_dict() for index, stream in self.streams.items()}
+        blocks = {}
+        for index, stream in self.streams.items():
+            size = self.order.slots[index]
+            found = enumerate(stream.read(size), start=epoch * size)
+            blocks[index] = [StreamedRow(index, number, where, row) for number, (where, row) in found]
+        return blocks
+
+    def _item(self, source: int, row: int, blocks: Mapping[int, list[StreamedRow]]) -> Item:
+        if source in blocks:
+            return blocks[source][row % len(blocks[source])]
+        return source, int(self.selected[source][row]) if source in self.selected else row
 
 
 def count_steps(order: Order, lengths: Sequence[np.ndarray], size: BatchSize, epoch: int) -> int:

@@ -6,9 +6,11 @@ so that gradients arrive in the master's type whatever runs in between. The loop
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -21,7 +23,8 @@ from burnish.config import OptimConfig
 from burnish.data.order import seed_from
 from burnish.model.lm_head import score
 from burnish.train.checkpoint import load_checkpoint, save_checkpoint
-from burnish.train.optim import build_optimizer, clip_gradients, learning_rate
+from burnish.train.loss import CrossEntropy
+from burnish.train.optim import States, build_optimizer, clip_gradients, learning_rate
 from burnish.types import Batch, Loss, Sample, Stats, StepInput, TokenScores, UserError, Weighted
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -34,29 +37,59 @@ class Clock(Protocol):
 
 
 @dataclass
+class Scorer:
+    """Scores packs with `model` on `device`, computing in `compute`: what training and evaluation share."""
+
+    model: Any
+    compute: torch.dtype
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    loss: Loss = field(default_factory=CrossEntropy)
+
+    def scores(self, batch: Batch, noise_TD: torch.Tensor | None = None) -> TokenScores:
+        """Scores of the trained tokens of a batch on the device. Call it within `compute_parameters`."""
+        hidden_TD = self.model(batch.tokens_T, batch.positions_T, batch.documents, noise_TD)
+        return score(hidden_TD[batch.trained_K], self.model.head(), batch.targets_K)
+
+    def compute_parameters(self) -> AbstractContextManager[None]:
+        """A context in which the model's parameters are of the compute type and pass gradients to the masters."""
+        return cast_parameters(self.model, self.compute)
+
+    @torch.no_grad()
+    def evaluate(self, inputs: StepInput) -> Stats:
+        """Statistics over `inputs`; weights and gradients stay as they are."""
+        stats: Stats = {}
+        with self.compute_parameters():
+            for micro in inputs.batches[0]:
+                batch = micro.to(self.device)
+                stats = merge(stats, self.loss(self.scores(batch), batch)[1])
+        return stats
+
+
+@dataclass
 class LocalTrainer:
-    """Trains `model` on `device`; the model's parameters are already of the master type and on the device.
+    """Trains the model of `scorer`, whose parameters are of the master type and on its device.
 
     `clock` times forward_backward and optimizer; `neftune_alpha` adds noise drawn from (seed, step, sample).
     """
 
-    model: Any
+    scorer: Scorer
     loss: Loss
-    evaluation_loss: Loss
     optim: OptimConfig
     total_steps: int
-    compute: torch.dtype
-    states: str = "fp32"
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    states: States = "fp32"
     seed: int = 42
     neftune_alpha: float | None = None
     clock: Clock = lambda name: nullcontext()
     num_steps: int = 0
 
     def __post_init__(self) -> None:
+        self.model, self.device = self.scorer.model, self.scorer.device
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise UserError("model.freeze freezes every parameter; leave at least one to train")
+        for parameter in self.parameters.values():
+            # Gradients of bf16 masters are added up in more than bf16's eight bits.
+            parameter.grad_dtype = torch.promote_types(parameter.dtype, torch.float32)
         self.optimizer = build_optimizer(self.parameters, self.optim, self.states, self.seed)
 
     def step(self, inputs: StepInput) -> Stats:
@@ -81,7 +114,7 @@ class LocalTrainer:
     def accumulate(self, inputs: StepInput, step: int) -> Stats:
         """Add the gradients of every micro-batch of `step` to the parameters."""
         stats: Stats = {}
-        with self.compute_parameters():
+        with self.scorer.compute_parameters():
             for micro in inputs.batches[0]:
                 batch = micro.to(self.device)
                 loss_sum, micro_stats = self.loss(self._scores(batch, step), batch)
@@ -89,10 +122,8 @@ class LocalTrainer:
                 stats = merge(stats, micro_stats)
         return stats
 
-    def _scores(self, batch: Batch, step: int | None = None) -> TokenScores:
-        noise_TD = None if step is None or not self.neftune_alpha else self._noise(batch.samples, step)
-        hidden_TD = self.model(batch.tokens_T, batch.positions_T, batch.documents, noise_TD)
-        return score(hidden_TD[batch.trained_K], self.model.head(), batch.targets_K)
+    def _scores(self, batch: Batch, step: int) -> TokenScores:
+        return self.scorer.scores(batch, self._noise(batch.samples, step) if self.neftune_alpha else None)
 
     def _noise(self, samples: Sequence[Sample], step: int) -> torch.Tensor:
         """NEFTune's noise [T, D]: uniform in +-alpha / sqrt(L*D), drawn anew for each (seed, step, sample)."""
@@ -104,29 +135,19 @@ class LocalTrainer:
             generator.manual_seed(seed_from(self.seed, step, zlib.crc32(sample.source.encode()), sample.index) >> 1)
             uniform_LD = torch.rand(len(sample.tokens), size, generator=generator, device=self.device) * 2 - 1
             parts.append(uniform_LD * (self.neftune_alpha / (len(sample.tokens) * size) ** 0.5))
-        return torch.cat(parts).to(self.compute)
+        return torch.cat(parts).to(self.scorer.compute)
 
     def rehearse(self, inputs: StepInput) -> None:
         """Forward and backward of the first micro-batch, gradients thrown away: what memory it needs shows before step 1."""
-        with self.compute_parameters():
+        with self.scorer.compute_parameters():
             batch = inputs.batches[0][0].to(self.device)
             loss_sum, _ = self.loss(self._scores(batch, 0), batch)
             (loss_sum / inputs.denominator).backward()
         self.optimizer.zero_grad()
 
-    @torch.no_grad()
     def evaluate(self, inputs: StepInput) -> Stats:
-        """Statistics over `inputs` with the plain evaluation loss; weights and gradients stay as they are."""
-        stats: Stats = {}
-        with self.compute_parameters():
-            for micro in inputs.batches[0]:
-                batch = micro.to(self.device)
-                stats = merge(stats, self.evaluation_loss(self._scores(batch), batch)[1])
-        return stats
-
-    def compute_parameters(self) -> Any:
-        """A context in which the model's parameters are of the compute type and pass gradients to the masters."""
-        return cast_parameters(self.model, self.compute)
+        """Statistics over `inputs` with the scorer's plain loss; weights and gradients stay as they are."""
+        return self.scorer.evaluate(inputs)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything a resume needs that is a tensor, by the name it has in a checkpoint. Tied weights appear once."""
@@ -221,3 +242,21 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     """torch.compile of each block for packs of any length."""
     for block in blocks:
         block.compile(dynamic=True)
+
+
+def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> int:
+    """Exclude the parameters whose names fit one of the shell patterns from training; returns how many values that is.
+
+    Raises UserError for a pattern that fits none.
+    """
+    named = dict(model.named_parameters())
+    for pattern in patterns:
+        names = fnmatch.filter(named, pattern)
+        if not names:
+            near = difflib.get_close_matches(pattern, named, 3, 0.3)
+            raise UserError(
+                f"model.freeze={pattern} fits no parameter; near names: {', '.join(near) or ', '.join(named)}"
+            )
+        for name in names:
+            named[name].requires_grad_(False)
+    return sum(parameter.numel() for parameter in named.values() if not parameter.requires_grad)
