@@ -72,6 +72,11 @@ def test_a_stream_resumes_at_its_cursor(kind: str, folder: Path, before: int, bo
 
 def test_where_rows_stand(folder: Path) -> None:
     assert [where for where, _ in opened(folder / "a.jsonl").read(2)] == ["a.jsonl:2", "a.jsonl:3"]
+    assert [where for where, _ in opened(f"{folder}/*.jsonl").read(1_102)[-3:]] == [
+        "a.jsonl:1101",
+        "b.jsonl:2",
+        "b.jsonl:3",
+    ]
     assert [where for where, _ in opened(folder / "b.parquet", slice="3:").read(2)] == [
         "b.parquet row 3",
         "b.parquet row 4",
