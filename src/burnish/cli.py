@@ -140,7 +140,10 @@ def _run(parsed: argparse.Namespace) -> int:
         recipe = read_recipe(parsed.recipe, parsed.overrides)
         from burnish.sft import SFT
 
-        return SFT(recipe).main(dry_run=parsed.dry_run)
+        if parsed.dry_run:
+            SFT(recipe).dry_run()
+            return 0
+        return SFT(recipe).train().interrupted or 0
     if parsed.command == "evaluate":
         from burnish.sft import evaluate_folder
 

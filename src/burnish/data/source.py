@@ -187,6 +187,10 @@ def count_steps(order: Order, lengths: Sequence[np.ndarray], size: BatchSize, ep
     return num_steps + (num_samples > 0)
 
 
+Ready = tuple[list[Sample], dict[str, Any], BaseException | None]
+"""A batch and the cursor after it, or what was raised in its place."""
+
+
 class Prefetch:
     """A source whose next batches are made ready by a thread while the current one trains.
 
@@ -196,21 +200,25 @@ class Prefetch:
 
     def __init__(self, source: Source, lag: int = 2) -> None:
         self._source = source
-        self._lag = lag
         self._state = source.state_dict()
-        self._ready: queue.Queue[tuple[list[Sample] | None, dict[str, Any], BaseException | None]] = queue.Queue(lag)
+        self._ready: queue.Queue[Ready] = queue.Queue(lag)
+        self._peeked: Ready | None = None
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
     def next(self) -> list[Sample]:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._produce, name="prefetch", daemon=True)
-            self._thread.start()
-        samples, state, error = self._ready.get()
+        samples, state, error = self._first()
+        self._peeked = None
         if error is not None:
             raise error
-        assert samples is not None
         self._state = state
+        return samples
+
+    def peek(self) -> list[Sample]:
+        """What the next `next` returns, or raises, without handing it out."""
+        samples, _, error = self._first()
+        if error is not None:
+            raise error
         return samples
 
     def update(self, trainer: Trainer) -> None:
@@ -234,12 +242,19 @@ class Prefetch:
                     self._ready.get_nowait()
                 self._thread.join(timeout=0.05)
 
+    def _first(self) -> Ready:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._produce, name="prefetch", daemon=True)
+            self._thread.start()
+        self._peeked = self._peeked or self._ready.get()
+        return self._peeked
+
     def _produce(self) -> None:
         while not self._closed.is_set():
             try:
-                item = (self._source.next(), self._source.state_dict(), None)
+                item: Ready = (self._source.next(), self._source.state_dict(), None)
             except BaseException as error:
-                item = (None, {}, error)
+                item = ([], {}, error)
             self._ready.put(item)
             if item[2] is not None:
                 return

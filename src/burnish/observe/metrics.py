@@ -173,7 +173,7 @@ class StepWindow:
     A line holds, of the steps since the last one:
     `loss`, the mean weighted by the steps' denominators; `lr`, the last step's; `nonfinite_steps`, a count; every other
     statistic of the trainer averaged by its weight (`grad_norm`, `accuracy`, `loss/<source>`, ...) and absent where
-    that weight is 0; `samples`, `tokens` (no padding), `trained_tokens`, `tokens/<source>`; `truncated` and `dropped`
+    that weight is 0; `samples`, `tokens` (no padding), `trained_tokens`, both also by source as `tokens/<source>`; `truncated` and `dropped`
     rows; `packing_fill`, the share of the micro-batches' budget that tokens took; `padding_share`, of the slots
     computed those that held no token; `tokens_per_second` and `mfu`, over the time not spent in save and evaluate;
     `time/<name>` in seconds; `memory/...` in GiB. `total_samples`, `total_tokens` and `total_trained_tokens` are of the
@@ -198,6 +198,7 @@ class StepWindow:
     def _begin(self) -> None:
         self._stats: Stats = {}
         self._source_tokens: dict[str, int] = defaultdict(int)
+        self._source_trained: dict[str, int] = defaultdict(int)
         self._counts = _Counts()
         self._since = self._clock()
 

@@ -71,11 +71,11 @@ def save_checkpoint(root: str | Path, step: int, tensors: Mapping[str, Tensor], 
     return folder
 
 
-def load_checkpoint(folder: str | Path, into: Mapping[str, Tensor]) -> dict[str, Any]:
+def load_checkpoint(folder: str | Path, into: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
     """Fill the tensors of `into` from a checkpoint and return the state that was saved with it.
 
     Every file is checked against its checksum before a tensor is touched. Raises CheckpointError for damage, and where
-    names, shapes and types are not exactly those of `into`.
+    names, shapes and types are not exactly those of `into`; what does not begin with `prefix` is left unread.
     """
     folder = Path(folder)
     manifest = _read_manifest(folder)
@@ -86,7 +86,7 @@ def load_checkpoint(folder: str | Path, into: Mapping[str, Tensor]) -> dict[str,
         metadata = parse((folder / METADATA).read_bytes(), manifest["files"].keys())
     except ValueError as error:
         raise CheckpointError(_damage(folder, f"{METADATA} is not what a checkpoint holds: {error}")) from error
-    _require_same(folder, metadata, into)
+    _require_same(folder, metadata, into, prefix)
     try:
         with _dcp_as_a_library() as no_dist:
             # Names are flat already; DCP's own flattening would only add to the metadata.
@@ -281,8 +281,8 @@ def _write_failure(root: Path, step: int, tensors: Mapping[str, Tensor], error: 
     )
 
 
-def _require_same(folder: Path, metadata: Metadata, into: Mapping[str, Tensor]) -> None:
-    saved = metadata.state_dict_metadata
+def _require_same(folder: Path, metadata: Metadata, into: Mapping[str, Tensor], prefix: str) -> None:
+    saved = {name: facts for name, facts in metadata.state_dict_metadata.items() if name.startswith(prefix)}
     faults = [f"{name} is missing in the checkpoint" for name in into if name not in saved]
     faults += [f"{name} is in the checkpoint alone" for name in saved if name not in into]
     for name in into.keys() & saved.keys():

@@ -138,7 +138,7 @@ class LocalTrainer:
         return torch.cat(parts).to(self.scorer.compute)
 
     def rehearse(self, inputs: StepInput) -> None:
-        """Forward and backward of the first micro-batch, gradients thrown away: what memory it needs shows before step 1."""
+        """Forward and backward of the first micro-batch, gradients thrown away: memory shows before step 1."""
         with self.scorer.compute_parameters():
             batch = inputs.batches[0][0].to(self.device)
             loss_sum, _ = self.loss(self._scores(batch, 0), batch)
