@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import tiny_config
+from tiny import tiny_config
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import native_model, tiny_config
+from tiny import native_model, tiny_config
 
 from burnish.config import OptimConfig
 from burnish.data.pack import Layout, pack
