@@ -63,21 +63,42 @@ def attend_sdpa(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """`Kernel` by one scaled_dot_product_attention a document: exact, on any device, in any floating type."""
-    documents_LxE = zip(*(x.split(documents.lengths) for x in (q_THE, k_TGE, v_TGE)), strict=True)
-    outputs_LHE = []
-    for document in documents_LxE:
-        q_1HLE, k_1GLE, v_1GLE = (x.transpose(0, 1).unsqueeze(0) for x in document)
-        if softcap is None:
-            length = q_1HLE.shape[2]
-            mask_LL = None if window is None or length <= window else _visible(length, window, q_1HLE.device)
-            output_1HLE = functional.scaled_dot_product_attention(
-                q_1HLE, k_1GLE, v_1GLE, mask_LL, is_causal=mask_LL is None, scale=scale, enable_gqa=True
-            )
-        else:
-            output_1HLE = _attend_softcapped(q_1HLE, k_1GLE, v_1GLE, scale, window, softcap)
-        outputs_LHE.append(output_1HLE.squeeze(0).transpose(0, 1))
-    return torch.cat(outputs_LHE)
+    """`Kernel` by one scaled_dot_product_attention a document: on any device, in any floating type.
+
+    On a CPU half precision is computed in float32, which is up to three times as fast in backward for short documents.
+    """
+    tensors = _suit_kernels(q_THE, k_TGE, v_TGE)
+    by_document = zip(*(x.split(documents.lengths) for x in tensors), strict=True)
+    outputs_LHE = [_attend_document(q, k, v, scale, window, softcap) for q, k, v in by_document]
+    return torch.cat(outputs_LHE).to(q_THE.dtype)
+
+
+def _suit_kernels(q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same attention in the type and heads for which the device has a good kernel."""
+    is_half = q_THE.dtype in (torch.bfloat16, torch.float16)
+    if q_THE.is_cuda and not is_half:
+        # FlashAttention alone groups heads on CUDA, and it takes half precision alone; the kernel that does both holds
+        # all scores, which is far more than a copy of the heads.
+        group = q_THE.shape[1] // k_TGE.shape[1]
+        return q_THE, k_TGE.repeat_interleave(group, dim=1), v_TGE.repeat_interleave(group, dim=1)
+    if is_half and not q_THE.is_cuda:
+        return q_THE.float(), k_TGE.float(), v_TGE.float()
+    return q_THE, k_TGE, v_TGE
+
+
+def _attend_document(
+    q_LHE: Tensor, k_LGE: Tensor, v_LGE: Tensor, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    q_1HLE, k_1GLE, v_1GLE = (x.transpose(0, 1).unsqueeze(0) for x in (q_LHE, k_LGE, v_LGE))
+    length = len(q_LHE)
+    if softcap is not None:
+        output_1HLE = _attend_softcapped(q_1HLE, k_1GLE, v_1GLE, scale, window, softcap)
+    else:
+        mask_LL = None if window is None or length <= window else _visible(length, window, q_LHE.device)
+        output_1HLE = functional.scaled_dot_product_attention(
+            q_1HLE, k_1GLE, v_1GLE, mask_LL, is_causal=mask_LL is None, scale=scale, enable_gqa=True
+        )
+    return output_1HLE.squeeze(0).transpose(0, 1)
 
 
 def _visible(length: int, window: int | None, device: torch.device) -> Tensor:

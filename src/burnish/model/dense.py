@@ -81,6 +81,8 @@ _ONLY = {
     "partial_rotary_factor": 1.0,
     "mlp_bias": False,
     "use_sliding_window": False,
+    "use_mrope": False,
+    "rope_interleaved": False,
     "is_encoder_decoder": False,
     "add_cross_attention": False,
 }
@@ -92,7 +94,8 @@ _NO_EFFECT = {
     "tie_encoder_decoder", "is_decoder", "id2label", "label2id", "problem_type", "finetuning_task",
     "task_specific_params", "max_length",
     "min_length", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "tokenizer_class",
-    "max_window_layers", "unsloth_fixed", "unsloth_version",
+    "max_window_layers", "max_sequence_length",
+    "gradient_checkpointing", "is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version",
 }  # fmt: skip
 """Keys that change no hidden state: bookkeeping, token ids, generation, and which layers a window would be in."""
 

@@ -26,7 +26,8 @@ from burnish.types import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DOWNLOADED: tuple[str, ...] = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-"""What is fetched of a hub repository: no second copy of the weights in another format."""
+SECOND_COPIES = ("original/*", "onnx/*", "consolidated*")
+"""What is fetched of a hub repository, and what is not: the same weights in other formats."""
 
 
 def find_folder(path: str, revision: str = "main", with_code: bool = False) -> Path:
@@ -41,7 +42,9 @@ def find_folder(path: str, revision: str = "main", with_code: bool = False) -> P
         raise UserError(f"{path} is a file; a model is the folder around its config.json, so give {local.parent}")
     patterns = [*DOWNLOADED, "*.py"] if with_code else list(DOWNLOADED)
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=[*SECOND_COPIES])
+        )
     except HFValidationError:
         raise UserError(f"{path} is no folder here, and no hub id (owner/name) either; correct the path") from None
     except GatedRepoError:

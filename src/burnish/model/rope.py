@@ -42,7 +42,7 @@ class Variant:
     """One way of scaling: frequencies [F] for a document of `length` tokens, and a factor on cosine and sine."""
 
     frequencies: Callable[[Rope, int], Tensor]
-    attention_factor: Callable[[Rope], float] = lambda rope: 1.0
+    attention_factor: Callable[[Rope], float]
     by_length: bool = False
     required: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()
@@ -100,6 +100,10 @@ def _plain(rope: Rope, length: int) -> Tensor:
 def _wavelengths(rope: Rope, theta: float) -> Tensor:
     exponents_F = torch.arange(0, rope.head_dim, 2, dtype=torch.float32, device="cpu") / rope.head_dim
     return theta**exponents_F
+
+
+def _one(rope: Rope) -> float:
+    return 1.0
 
 
 def _linear(rope: Rope, length: int) -> Tensor:
@@ -178,9 +182,9 @@ def _llama3(rope: Rope, length: int) -> Tensor:
 _ORIGINAL = "original_max_position_embeddings"
 
 VARIANTS: Mapping[str, Variant] = {
-    "default": Variant(_plain),
-    "linear": Variant(_linear, required=frozenset({"factor"})),
-    "dynamic": Variant(_dynamic, by_length=True, required=frozenset({"factor"}), optional=frozenset({_ORIGINAL})),
+    "default": Variant(_plain, _one),
+    "linear": Variant(_linear, _one, required=frozenset({"factor"})),
+    "dynamic": Variant(_dynamic, _one, by_length=True, required=frozenset({"factor"}), optional=frozenset({_ORIGINAL})),
     "yarn": Variant(
         _yarn,
         _yarn_attention_factor,
@@ -196,7 +200,7 @@ VARIANTS: Mapping[str, Variant] = {
         required=frozenset({_ORIGINAL, "short_factor", "long_factor"}),
         optional=frozenset({"factor", "attention_factor"}),
     ),
-    "llama3": Variant(_llama3, required=frozenset({_ORIGINAL, "factor", "low_freq_factor", "high_freq_factor"})),
+    "llama3": Variant(_llama3, _one, required=frozenset({_ORIGINAL, "factor", "low_freq_factor", "high_freq_factor"})),
 }
 
 

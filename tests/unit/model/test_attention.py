@@ -117,3 +117,13 @@ def test_varlen_is_the_formula(window: int | None):
     output = attention.kernel(*tensors, packed, 0.7, window)
     expected = formula(*inputs(torch.float64), 0.7, window, None)
     torch.testing.assert_close(output.cpu().double(), expected, rtol=0, atol=3e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_sdpa_is_the_formula_on_cuda(dtype: torch.dtype, tolerance: float):
+    packed = Documents(documents().cu_seqlens.cuda(), LENGTHS)
+    output = attend_sdpa(*inputs(dtype, device="cuda"), packed, 0.7)
+    expected = formula(*inputs(torch.float64), 0.7, None, None)
+    torch.testing.assert_close(output.cpu().double(), expected, rtol=0, atol=tolerance)

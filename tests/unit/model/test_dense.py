@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from conftest import tiny_config
+from tiny import tiny_config
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -14,6 +14,7 @@ from burnish.model import zoo
 from burnish.model.attention import attend_sdpa
 from burnish.model.base import CausalLM, UnsupportedModel
 from burnish.model.lm_head import logits
+from burnish.model.rope import VARIANTS, Rotary, read_rope
 from burnish.model.work import count_work
 from burnish.types import Documents, UserError
 
@@ -155,6 +156,60 @@ def test_logits_with_mlp_bias():
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_logits_with_sliding_windows(family: str, layers: dict[str, object]):
     assert_equal_logits(tiny_config(family, use_sliding_window=True, sliding_window=7, **layers))
+
+
+REAL_ROPES = {
+    "Llama-3.1": (
+        "llama",
+        131072,
+        {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
+    "Qwen3 with YaRN": (
+        "qwen3",
+        131072,
+        {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768},
+    ),
+    "YaRN, not truncated": (
+        "llama",
+        65536,
+        {"rope_type": "yarn", "factor": 16.0, "truncate": False, "beta_fast": 24, "beta_slow": 2},
+    ),
+    "YaRN without a factor": (
+        "llama",
+        65536,
+        {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 4096, "attention_factor": 1.2},
+    ),
+    "plain": ("qwen2", 32768, {"rope_type": "default", "rope_theta": 1e6}),
+}
+
+
+@pytest.mark.parametrize("name", REAL_ROPES)
+def test_frequencies_of_real_shapes_are_those_of_transformers(name: str):
+    """A tiny head has too few frequencies to show every branch of a variant."""
+    family, max_positions, rope = REAL_ROPES[name]
+    config = tiny_config(family, head_dim=128, max_position_embeddings=max_positions, rope_parameters=dict(rope))
+    peer = AutoConfig.for_model(**{key: value for key, value in config.items() if key != "rope_theta"})
+    (rotary,) = [m for m in AutoModelForCausalLM.from_config(peer).modules() if "RotaryEmbedding" in type(m).__name__]
+    ours = read_rope(config, head_dim=128)
+    assert torch.equal(VARIANTS[ours.kind].frequencies(ours, 1), rotary.inv_freq)
+    assert VARIANTS[ours.kind].attention_factor(ours) == pytest.approx(rotary.attention_scaling, rel=1e-12)
+
+
+def test_angles_are_exact_in_float64():
+    rope = read_rope(tiny_config("llama"), head_dim=8)
+    positions_T = torch.tensor([0, 1, 100_003])
+    documents = Documents(torch.tensor([0, 3]), (3,))
+    cos_T1F, sin_T1F = Rotary(rope)(positions_T, documents, torch.float64)
+    angles_TF = positions_T.double()[:, None] * VARIANTS["default"].frequencies(rope, 1).double()
+    assert torch.equal(cos_T1F[:, 0], angles_TF.cos())
+    assert torch.equal(sin_T1F[:, 0], angles_TF.sin())
 
 
 def test_one_rope_variant_differs_from_another():

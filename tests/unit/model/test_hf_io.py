@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import native_model, tiny_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import native_model, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from burnish.config import ModelConfig
