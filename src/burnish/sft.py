@@ -83,7 +83,7 @@ class Result:
 
     summary: dict[str, Any]
     run_folder: Path
-    export: Path | None
+    export: Path | None = None
     interrupted: int | None = None
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from workshop import Command
 
 from burnish.cli import main
 
@@ -25,7 +26,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-def wait_for_step(run: Path, step: int, process, seconds: float = 90) -> None:
+def wait_for_step(run: Path, step: int, command: Command, seconds: float = 90) -> None:
     """Return once metrics.jsonl holds `step`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -33,7 +34,7 @@ def wait_for_step(run: Path, step: int, process, seconds: float = 90) -> None:
         steps = [json.loads(line)["step"] for line in lines if line.endswith("}")]
         if steps and max(steps) >= step:
             return
-        assert process.poll() is None, process.communicate()[0]
+        assert command.is_running, command.output.read_text()
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached in {seconds} s")
 
@@ -93,7 +94,6 @@ def test_killed_at_any_moment_it_ends_in_the_same_bits(workshop) -> None:
         process = workshop.start("sft", str(recipe), "run.dir=runs/killed")
         wait_for_step(workshop.folder / "runs" / "killed", step, process)
         process.kill()
-        process.communicate()
     workshop.burnish("sft", str(recipe), "run.dir=runs/killed")
     whole, killed = workshop.metrics("runs/whole"), workshop.metrics("runs/killed")
     kept = ("step", "loss", "grad_norm", "lr", "total_tokens", "total_trained_tokens", "eval/loss")
@@ -109,9 +109,9 @@ def test_a_signal_saves_and_a_second_run_goes_on(workshop, number: signal.Signal
     process = workshop.start("sft", str(recipe))
     run = workshop.folder / "runs" / "a"
     wait_for_step(run, 3, process)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == status, output
+    process.send(number)
+    found, output = process.wait()
+    assert found == status, output
     saved = int((run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
     assert saved == workshop.metrics()[-1]["step"] < 48
     assert "again" in output, "it says how to go on"
@@ -126,7 +126,6 @@ def test_a_folder_in_use_is_refused(workshop) -> None:
     refused = workshop.burnish("sft", str(recipe), status=1)
     assert f"in use by process {process.pid}" in refused
     process.kill()
-    process.communicate()
 
 
 def test_a_changed_recipe_is_refused_with_the_difference(workshop) -> None:
@@ -134,7 +133,6 @@ def test_a_changed_recipe_is_refused_with_the_difference(workshop) -> None:
     process = workshop.start("sft", str(recipe))
     wait_for_step(workshop.folder / "runs" / "a", 5, process)
     process.kill()
-    process.communicate()
     refused = workshop.burnish("sft", str(recipe), "optim.lr=1e-3", "run.log_every=2", status=2)
     assert "optim.lr" in refused
     assert "0.005 -> 0.001" in refused
@@ -142,7 +140,7 @@ def test_a_changed_recipe_is_refused_with_the_difference(workshop) -> None:
     assert "checkpoint.allow_changes" in refused
     with (workshop.folder / "train.jsonl").open("a") as file:
         file.write('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
-    assert "train.jsonl" in workshop.burnish("sft", str(recipe), status=2)
+    assert "data: train: " in workshop.burnish("sft", str(recipe), status=2)
     workshop.burnish("sft", str(recipe), "optim.lr=1e-3", "checkpoint.allow_changes=true")
 
 

@@ -1,0 +1,127 @@
+"""A folder to train in, rows of our own, and the command line as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+COMMANDS = multiprocessing.get_context("forkserver")
+"""Commands are forked from a process that imported what they need once: an import costs more than a tiny run."""
+COMMANDS.set_forkserver_preload(
+    ["burnish.sft", "torch.utils.tensorboard", "transformers.models.qwen3.modeling_qwen3", "transformers.generation"]
+)
+
+
+def _command(arguments: list[str], folder: Path, output: Path) -> None:
+    """Run the command line in a process of its own, its output into a file."""
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.chdir(folder)
+    from burnish.cli import main
+
+    sys.exit(main(arguments))
+
+
+@dataclass
+class Command:
+    """A command that runs, or ran."""
+
+    process: ForkServerProcess
+    output: Path
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self.process.is_alive()
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+    def wait(self, timeout: float = 120) -> tuple[int | None, str]:
+        """Exit status and output; a command that takes too long is killed, and its status is None."""
+        self.process.join(timeout)
+        status = self.process.exitcode
+        self.kill()
+        return status, self.output.read_text()
+
+
+def make_rows(num: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Chats of one or two turns about sums, some with a system turn: easy to learn, of uneven length."""
+    generator = random.Random(seed)
+    rows = []
+    for _ in range(num):
+        messages = [{"role": "system", "content": "add"}] if generator.random() < 0.3 else []
+        for _ in range(generator.choice([1, 1, 2])):
+            a, b = generator.randrange(50), generator.randrange(50)
+            messages.append({"role": "user", "content": f"{a} and {b}"})
+            messages.append(
+                {"role": "assistant", "content": f"the answer is {a + b}" + " over" * generator.randrange(4)}
+            )
+        rows.append({"messages": messages})
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@dataclass
+class Workshop:
+    """Writes recipes and runs `burnish` in a folder of its own."""
+
+    folder: Path
+    num_commands: int = 0
+
+    def recipe(self, name: str = "recipe.yaml", **sections: Mapping[str, Any]) -> Path:
+        """A recipe for a tiny model and 96 rows, 12 steps; `sections` are merged over it."""
+        tree: dict[str, Any] = {
+            "model": {"init": "model/config.json", "tokenizer": "tokenizer"},
+            "data": {"train": [{"path": "train.jsonl"}], "validation": [{"path": "held.jsonl"}], "workers": 1},
+            "batch": {"samples": 8, "tokens_per_micro_batch": 256},
+            "optim": {"lr": 5e-3, "warmup_ratio": 0.1},
+            "precision": {"compute": "fp32"},
+            "evaluate": {"every": 6},
+            "checkpoint": {"every": 4},
+            "run": {"dir": "runs/a"},
+        }
+        for section, values in sections.items():
+            tree[section] = {**tree.get(section, {}), **values}
+        path = self.folder / name
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    def start(self, *arguments: str) -> Command:
+        self.num_commands += 1
+        output = self.folder / f"output-{self.num_commands}.txt"
+        process = COMMANDS.Process(target=_command, args=(list(arguments), self.folder, output), daemon=True)
+        process.start()
+        return Command(process, output)
+
+    def burnish(self, *arguments: str, status: int = 0) -> str:
+        """Run a command to its end; returns what it printed. Asserts the exit status."""
+        found, output = self.start(*arguments).wait()
+        assert found == status, f"exit status {found}:\n{output}"
+        return output
+
+    def metrics(self, run: str = "runs/a") -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
