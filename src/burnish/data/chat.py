@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import date
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
@@ -372,7 +373,7 @@ class _Tokens:
 
     @classmethod
     def of(cls, encoding: Encoding) -> _Tokens:
-        offsets = np.array(encoding.offsets, np.int32).reshape(-1, 2)
+        offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int32, 2 * len(encoding)).reshape(-1, 2)
         starts, ends = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
         if (np.diff(starts) < 0).any() or (np.diff(ends) < 0).any():
             raise RowError("cannot be sure what to train: the tokenizer's offsets are not in order")
