@@ -175,12 +175,14 @@ def _listed(names: Sequence[str], limit: int = 8) -> str:
 def written_beside(folder: Path) -> Iterator[Path]:
     """A new folder to write to, which takes the place of `folder` when the block ends without an exception.
 
-    A reader sees the old folder or the whole new one, after a crash too. An existing folder is replaced only if it is
+    A reader sees the old folder, none for the moment of the change, or the whole new one. An existing folder is replaced only if it is
     empty or holds a config.json; anything else raises UserError.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise UserError(f"{folder} exists and is no model folder; it would be replaced, so name another or empty it")
     partial, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # killed between the two renames below
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)

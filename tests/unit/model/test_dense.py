@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from burnish.model import zoo
 from burnish.model.attention import attend_sdpa
 from burnish.model.base import CausalLM, UnsupportedModel
+from burnish.model.dense import RMSNorm
 from burnish.model.lm_head import logits
 from burnish.model.rope import VARIANTS, Rotary, read_rope
 from burnish.model.work import count_work
@@ -210,6 +211,14 @@ def test_angles_are_exact_in_float64():
     angles_TF = positions_T.double()[:, None] * VARIANTS["default"].frequencies(rope, 1).double()
     assert torch.equal(cos_T1F[:, 0], angles_TF.cos())
     assert torch.equal(sin_T1F[:, 0], angles_TF.sin())
+
+
+def test_norm_is_exact_in_float64():
+    norm = RMSNorm(16, 1e-6).double()
+    torch.nn.init.constant_(norm.weight, 0.3)
+    x_TD = torch.randn(7, 16, dtype=torch.float64)
+    expected = 0.3 * x_TD / (x_TD.square().sum(-1, keepdim=True) / 16 + 1e-6).sqrt()
+    torch.testing.assert_close(norm(x_TD), expected, rtol=1e-14, atol=0)
 
 
 def test_one_rope_variant_differs_from_another():

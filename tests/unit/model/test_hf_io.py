@@ -247,6 +247,26 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["export"]
 
 
+def test_the_old_folder_survives_a_crash_during_the_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    target = tmp_path / "export"
+    with written_beside(target) as partial:
+        (partial / "config.json").write_text("first")
+    rename = Path.rename
+
+    def crash(path: Path, to: Path) -> Path:
+        if path.suffix == ".partial":
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", crash)
+        with pytest.raises(KeyboardInterrupt), written_beside(target) as partial:
+            (partial / "config.json").write_text("second")
+    with pytest.raises(OSError, match="disk"), written_beside(target):
+        raise OSError("disk full")
+    assert (target / "config.json").read_text() == "first"
+
+
 def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="is no model folder"), written_beside(tmp_path):
