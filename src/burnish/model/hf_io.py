@@ -175,8 +175,8 @@ def _listed(names: Sequence[str], limit: int = 8) -> str:
 def written_beside(folder: Path) -> Iterator[Path]:
     """A new folder to write to, which takes the place of `folder` when the block ends without an exception.
 
-    A reader sees the old folder, none for the moment of the change, or the whole new one. An existing folder is replaced only if it is
-    empty or holds a config.json; anything else raises UserError.
+    A reader sees the old folder, none for the moment of the change, or the whole new one. An existing folder is
+    replaced only if it is empty or holds a config.json; anything else raises UserError.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise UserError(f"{folder} exists and is no model folder; it would be replaced, so name another or empty it")
