@@ -84,8 +84,7 @@ QWEN3 = {
     name: [*turns[:-1], turns[-1] if name in ("think text", "user last", "tool markup") else EMPTY_THINK + turns[-1]]
     for name, turns in CHATML.items()
 } | {"reasoning": ["Hi.", "<think>\nR2\n</think>\n\nYes."]}
-# The parallel calls are one turn, so the thinking of the answer is all that Qwen3 adds; a query that looks like a tool
-# response is none, and leaves Qwen3 without a last query.
+# Qwen3 opens a think block behind the last query only, and takes a query in tool markup for none.
 MINIMIND = CHATML | {
     "reasoning": ["R1\n</think>\n\nHi.", "R2\n</think>\n\nYes."],
     "think text": ["R1\n</think>\n\nHi."],

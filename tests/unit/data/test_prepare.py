@@ -1,0 +1,243 @@
+"""Rows to samples, in this process and in workers, and what becomes of the workers."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from burnish.config import SourceConfig
+from burnish.data.chat import TextTokenizer
+from burnish.data.conversation import Format
+from burnish.data.prepare import Prepared, PreparePool, Preparer, Rejected, SourceRows, StreamedRow
+from burnish.types import RowError, Sample, Status, UserError
+
+HEAVY = {"torch", "transformers", "datasets"}
+
+
+def talk(answer: str, question: str = "what?", **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **more}
+
+
+@dataclass(frozen=True)
+class ListRows:
+    """Rows in memory; a row that is text raises what the text says."""
+
+    rows: tuple[dict[str, Any] | str, ...]
+    fingerprint: str = "rows"
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        found = self.rows[row]
+        if found == "modules":
+            return talk("x", metadata={"heavy": sorted(HEAVY & set(sys.modules))})
+        if isinstance(found, str):
+            raise RowError("broken JSON") if found == "bad" else ZeroDivisionError(found)
+        return found
+
+    def where(self, row: int) -> str:
+        return f"rows.jsonl:{row + 1}"
+
+
+@pytest.fixture(scope="module")
+def preparer(chatml_tokenizer: Path) -> Preparer:
+    rows = [
+        talk("fine", metadata={"n": 1}, level=7),
+        talk("x" * 200),
+        "bad",
+        {"messages": [{"role": "user", "content": "a"}]},
+    ]
+    rows += [talk(f"number {n}") for n in range(40)]
+    config = SourceConfig(path="rows.jsonl", label_key="level")
+    source = SourceRows("rows", ListRows(tuple(rows)), Format.MESSAGES, config)
+    limits = {"data.max_length": 64, "the model's maximum": 512}
+    return Preparer((source,), TextTokenizer.from_pretrained(str(chatml_tokenizer)), limits, vocab_size=512)
+
+
+def with_rows(preparer: Preparer, *rows: dict[str, Any] | str) -> Preparer:
+    return replace(preparer, sources=(replace(preparer.sources[0], rows=ListRows(rows)),))
+
+
+def as_values(prepared: list[Prepared]) -> list[Any]:
+    return [
+        (p.tokens.tolist(), p.loss_weights.tolist(), p.source, p.index, p.status, p.metadata, p.label)
+        if isinstance(p, Sample)
+        else p
+        for p in prepared
+    ]
+
+
+def test_a_row_becomes_a_sample_or_a_reason_with_its_place(preparer: Preparer) -> None:
+    good, long, broken, silent = preparer.prepare([(0, row) for row in range(4)])
+    assert isinstance(good, Sample)
+    assert (good.source, good.index, good.metadata, good.label) == ("rows", 0, {"n": 1}, 7)
+    assert good.status is Status.COMPLETE
+    assert preparer.tokenizer.decode(good.tokens[good.loss_weights > 0]) == "fine<|im_end|>"
+    assert isinstance(long, Rejected)
+    assert long.kind == "over_long"
+    assert "rows.jsonl:2: " in long.message
+    assert "more than data.max_length=64" in long.message
+    assert broken == Rejected("bad", "rows", 2, "rows.jsonl:3: broken JSON")
+    assert isinstance(silent, Rejected)
+    assert silent.kind == "bad"
+    assert "rows.jsonl:4: the conversation has no assistant turn" in silent.message
+
+
+def test_over_long_names_the_least_limit_or_cuts(preparer: Preparer) -> None:
+    limits = {"data.max_length": 200, "the model's maximum": 30, "batch.tokens_per_micro_batch": 40}
+    (long,) = replace(preparer, limits=limits).prepare([(0, 1)])
+    assert isinstance(long, Rejected)
+    assert "more than the model's maximum=30" in long.message
+    (cut,) = replace(preparer, limits=limits, over_long="truncate").prepare([(0, 1)])
+    assert isinstance(cut, Sample)
+    assert len(cut.tokens) == 30
+    assert cut.status is Status.TRUNCATED
+    (nothing,) = replace(preparer, limits={"m": 5}, over_long="truncate").prepare([(0, 1)])
+    assert isinstance(nothing, Rejected)
+    assert nothing.kind == "bad"
+    assert "no trained token" in nothing.message
+
+
+def test_ids_outside_the_embedding_are_bad(preparer: Preparer) -> None:
+    (outside,) = replace(preparer, vocab_size=50).prepare([(0, 0)])
+    assert isinstance(outside, Rejected)
+    assert "outside the model's embedding of 50 rows" in outside.message
+
+
+def test_rows_of_a_stream_come_along(preparer: Preparer) -> None:
+    stream = replace(preparer, sources=(replace(preparer.sources[0], rows=None),))
+    items = [StreamedRow(0, 9, "s:9", talk("fine")), StreamedRow(0, 10, "s:10", RowError("torn"))]
+    sample, torn = stream.prepare(items)
+    assert isinstance(sample, Sample)
+    assert sample.id == "rows:9"
+    assert torn == Rejected("bad", "rows", 10, "s:10: torn")
+
+
+def test_a_fingerprint_follows_rows_options_and_tokenizer(preparer: Preparer) -> None:
+    variants = [
+        preparer,
+        replace(preparer, train_on="last"),
+        replace(preparer, over_long="drop"),
+        replace(preparer, limits={"m": 3}),
+        replace(preparer, tokenizer=replace(preparer.tokenizer, chat_template="x")),
+        replace(preparer, sources=(replace(preparer.sources[0], rows=ListRows((), "other")),)),
+    ]
+    assert len({variant.fingerprint(0) for variant in variants}) == len(variants)
+    assert replace(preparer).fingerprint(0) == preparer.fingerprint(0)
+
+
+# --- processes ---
+
+
+@pytest.fixture(scope="module")
+def pool(preparer: Preparer) -> Iterator[PreparePool]:
+    with PreparePool(preparer, 2) as pool:
+        yield pool
+
+
+def test_workers_give_what_this_process_gives_in_order(preparer: Preparer, pool: PreparePool) -> None:
+    chunks = [[(0, row) for row in range(start, min(start + 3, 44))] for start in range(0, 44, 3)]
+    here = list(PreparePool(preparer, 0).map([*chunks, []]))
+    there = list(pool.map([*chunks, []]))
+    assert [as_values(results) for results in there] == [as_values(results) for results in here]
+    sample = there[0][0]
+    assert isinstance(sample, Sample)
+    assert (sample.tokens.dtype, sample.loss_weights.dtype) == (np.int32, np.float32)
+
+
+def test_few_chunks_are_under_way(pool: PreparePool) -> None:
+    taken = itertools.count()
+    results = pool.map([(0, 5)] for _ in taken)  # endless
+    for _ in range(3):
+        next(results)
+    results.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert next(taken) <= 3 + 2 * len(pool.pids)
+
+
+def test_workers_import_nothing_heavy_and_no_ctrl_c_reaches_them(preparer: Preparer) -> None:
+    with PreparePool(with_rows(preparer, "modules"), 1) as pool:
+        ((sample,),) = pool.map([[(0, 0)]])
+        assert os.getpgid(pool.pids[0]) != os.getpgrp()
+    assert isinstance(sample, Sample)
+    assert sample.metadata == {"heavy": []}
+
+
+def test_what_goes_wrong_in_a_worker_reaches_the_caller(preparer: Preparer) -> None:
+    no_template = replace(
+        with_rows(preparer, "boom", talk("x")), tokenizer=replace(preparer.tokenizer, chat_template=None)
+    )
+    with PreparePool(no_template, 1) as pool:
+        with pytest.raises(RuntimeError, match=r"(?s)Traceback.*ZeroDivisionError: boom"):
+            list(pool.map([[(0, 0)]]))
+        with pytest.raises(UserError, match="no chat template"):
+            list(pool.map([[(0, 1)]]))
+        os.kill(pool.pids[0], signal.SIGKILL)
+        with pytest.raises(UserError, match=r"ended with status -9.*data\.workers"):
+            list(pool.map([[(0, 1)]]))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids: list[int]) -> bool:
+    deadline = time.monotonic() + 20
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(is_running, pids))
+
+
+def test_closing_leaves_no_process(preparer: Preparer) -> None:
+    pool = PreparePool(preparer, 2)
+    pids = pool.pids
+    assert all(map(is_running, pids))
+    pool.close()
+    pool.close()
+    assert not any(map(is_running, pids))
+
+
+# No `if __name__ == "__main__"`: workers must not run the user's script again.
+SCRIPT = """
+import pathlib, pickle, sys, time
+from burnish.config import SourceConfig
+from burnish.data.conversation import Format
+from burnish.data.prepare import PreparePool, Preparer, SourceRows, StreamedRow
+print("started", flush=True)
+source = SourceRows("s", None, Format.TEXT, SourceConfig(path="s"))
+tokenizer = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
+pool = PreparePool(Preparer((source,), tokenizer, {"m": 100}, 512), 2)
+print(len(list(pool.map([[StreamedRow(0, 0, "s:0", {"text": "the fox"})]] * 4))), *pool.pids, flush=True)
+if sys.argv[2] == "raise":
+    raise SystemExit(7)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("end", ["kill", "raise"])
+def test_no_worker_outlives_its_parent(preparer: Preparer, tmp_path: Path, end: str) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "tokenizer").write_bytes(pickle.dumps(preparer.tokenizer))
+    command = [sys.executable, str(tmp_path / "train.py"), str(tmp_path / "tokenizer"), end]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "started\n"
+    num_chunks, *pids = map(int, parent.stdout.readline().split())
+    assert (num_chunks, len(pids)) == (4, 2)
+    if end == "kill":
+        parent.kill()
+    status = parent.wait()
+    assert status == (-signal.SIGKILL if end == "kill" else 7)
+    assert wait_until_gone(pids)
