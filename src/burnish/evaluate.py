@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from burnish.data.pack import Layout, pack
 from burnish.train.trainer import merge
-from burnish.types import Sample, Stats, Trainer
+from burnish.types import Evaluator, Sample, Stats
 
 CHUNK = 512
 """Rows packed together; it bounds memory, and packs are the fuller the larger it is."""
 
 
-def evaluate(trainer: Trainer, sources: Mapping[str, Iterable[Sample]], layout: Layout) -> dict[str, float]:
+def evaluate(evaluator: Evaluator, sources: Mapping[str, Iterable[Sample]], layout: Layout) -> dict[str, float]:
     """`eval/loss`, `eval/perplexity` and `eval/accuracy` over all rows, and `eval/<source>/loss` of each source.
 
     Loss is the mean negative log-likelihood of trained tokens in nats, weighted by their weights.
@@ -21,7 +21,7 @@ def evaluate(trainer: Trainer, sources: Mapping[str, Iterable[Sample]], layout: 
     stats: Stats = {}
     for rows in sources.values():
         for chunk in _chunks(rows):
-            stats = merge(stats, trainer.evaluate(pack(chunk, layout)))
+            stats = merge(stats, evaluator.evaluate(pack(chunk, layout)))
     loss = stats["loss"].mean
     values = {
         "eval/loss": loss,

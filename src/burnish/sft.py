@@ -39,7 +39,7 @@ from burnish.model.hf_io import write_model
 from burnish.model.hf_model import HFModel
 from burnish.model.probe import leak_tolerance, probe_isolation
 from burnish.model.vocabulary import TokenizerFacts, check_vocabulary, stop_ids
-from burnish.model.zoo import Loaded, load_model
+from burnish.model.zoo import Loaded, adopt_model, load_model
 from burnish.observe.console import Console, logging_to
 from burnish.observe.environment import environment, versions
 from burnish.observe.flops import ModelShape, formula_text, peak_flops
@@ -177,13 +177,15 @@ class SFT:
     def loaded(self) -> Loaded:
         """The model with its first weights, frozen, recomputed and compiled as the recipe says."""
         recipe = self.recipe
-        loaded = load_model(
-            recipe.model,
-            device=self.device,
-            dtype=DTYPES[recipe.precision.master],
-            compute_dtype=self.compute,
-            seed=recipe.run.seed,
-        )
+        place = {
+            "device": self.device,
+            "dtype": DTYPES[recipe.precision.master],
+            "compute_dtype": self.compute,
+        }
+        if self._model is not None:
+            loaded = adopt_model(self._model, recipe.model, **place)
+        else:
+            loaded = load_model(recipe.model, **place, seed=recipe.run.seed)
         freeze_parameters(loaded.model, recipe.model.freeze)
         recompute_blocks(loaded.model.blocks(), recipe.train.recompute)
         if recipe.train.compile is True or (recipe.train.compile == "auto" and self.device.type == "cuda"):
@@ -297,6 +299,8 @@ class SFT:
         model = self.loaded.model
         if packing == "off":
             reason = "batch.packing=off"
+        elif isinstance(model, HFModel) and model.row_reason is not None:
+            reason = model.row_reason
         else:
             with cast_parameters(model, self.compute):
                 probe = probe_isolation(

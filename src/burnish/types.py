@@ -236,12 +236,16 @@ class Loss(Protocol):
     def __call__(self, scores: TokenScores, batch: Batch) -> tuple[torch.Tensor, Stats]: ...
 
 
-class Trainer(Protocol):
-    """Five verbs; a layout is an implementation of them."""
-
-    def step(self, inputs: StepInput) -> Stats: ...
+class Evaluator(Protocol):
+    """What held-out loss needs of a trainer, or of a model that is not trained."""
 
     def evaluate(self, inputs: StepInput) -> Stats: ...
+
+
+class Trainer(Evaluator, Protocol):
+    """Five verbs, `evaluate` among them; a layout is an implementation of them."""
+
+    def step(self, inputs: StepInput) -> Stats: ...
 
     def save(self, folder: str, state: dict[str, Any]) -> None: ...
 

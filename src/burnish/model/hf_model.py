@@ -168,6 +168,17 @@ def load_hf_model(
         inner = read_inner(name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     else:
         inner = _initialise(init_config, trust_remote_code, dtype, seed)
+    return wrap_hf_model(inner, device=device, compute_dtype=compute_dtype, attention=attention)
+
+
+def wrap_hf_model(
+    inner: PreTrainedModel,
+    *,
+    device: torch.device | str,
+    compute_dtype: torch.dtype,
+    attention: Literal["auto", "sdpa", "varlen"] = "auto",
+) -> HFModel:
+    """A loaded model of `transformers`, moved to `device`, as one of ours. Raises UserError as `load_hf_model` does."""
     nn.Module.to(inner, device)
     # varlen knows no softcap of scores, so auto must not choose it for a model that has one.
     capped = attention == "auto" and getattr(inner.config.get_text_config(), "attn_logit_softcapping", None) is not None

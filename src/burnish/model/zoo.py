@@ -22,6 +22,8 @@ from burnish.model.hf_io import find_folder, locate_tensors, read_config, read_w
 from burnish.types import UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from burnish.model.hf_model import HFModel
 
 ARCHITECTURES: Mapping[str, Callable[[dict[str, Any], Kernel], CausalLM]] = {
@@ -85,6 +87,35 @@ def load_model(
         initialise(native, seed)
     else:
         read_weights(folder, native)
+    return Loaded(native, implementation, reason, attention.name, folder)
+
+
+def adopt_model(
+    inner: PreTrainedModel,
+    model: ModelConfig,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+) -> Loaded:
+    """A loaded model of `transformers` as one to train: in our own modules over its weights where there are such.
+
+    Weights that are of type `dtype` on `device` are shared, so that training shows in `inner`; others are copied.
+    Raises UserError as `load_model` does.
+    """
+    config = complete(inner.config.to_dict())
+    folder = Path(inner.name_or_path or ".")
+    implementation, reason = choose_implementation(model.implementation, config)
+    torch.nn.Module.to(inner, device=device, dtype=dtype)
+    if implementation == "transformers":
+        from burnish.model.hf_model import wrap_hf_model
+
+        wrapped = wrap_hf_model(inner, device=device, compute_dtype=compute_dtype, attention=model.attention)
+        return Loaded(wrapped, implementation, reason, wrapped.attention, folder)
+    attention = choose_attention(model.attention, device, compute_dtype)
+    native = build(config, attention.kernel, dtype=dtype, device="meta")
+    weights = dict(inner.named_parameters())
+    native.load_state_dict({name: weights[name] for name, _ in native.named_parameters()}, strict=False, assign=True)
     return Loaded(native, implementation, reason, attention.name, folder)
 
 

@@ -1,0 +1,81 @@
+"""The same from Python: recipe, model, data set and tokenizer may be objects."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import tiny_config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from workshop import Workshop, make_rows
+
+import burnish
+from burnish.config import RecipeError
+
+
+@pytest.fixture
+def recipe(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.chdir(workshop.folder)
+    return {
+        "batch": {"samples": 8, "tokens_per_micro_batch": 256},
+        "optim": {"lr": 5e-3},
+        "precision": {"compute": "fp32"},
+        "evaluate": {"every": None},
+        "data": {"workers": 0},
+        "run": {"dir": "runs/python", "trackers": []},
+    }
+
+
+def make_model(family: str = "qwen3") -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny_config(family)))
+
+
+@pytest.mark.parametrize("kind", ["list", "datasets"])
+def test_objects_are_trained_on_evaluated_and_exported(recipe: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    model, tokenizer = make_model(), AutoTokenizer.from_pretrained("tokenizer")
+    rows, held = make_rows(48), make_rows(16, seed=1)
+    dataset = {"train": rows, "validation": held}
+    if kind == "datasets":
+        dataset = {"train": Dataset.from_list(rows), "validation": Dataset.from_list(held)}
+    sft = burnish.SFT(recipe, model=model, dataset=dataset, tokenizer=tokenizer)
+    before = sft.evaluate()["eval/loss"]
+    result = sft.train()
+    assert result.summary["step"] == 6
+    assert result.summary["rows"] == {"train": {"kept": 48}}
+    assert sft.evaluate()["eval/loss"] < before - 0.5
+    assert sft.evaluate()["eval/loss"] == pytest.approx(result.summary["final_eval_loss"], rel=1e-6)
+    folder = sft.export(tmp_path / "out")
+    exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = torch.arange(20)[None]
+    # fp32 weights are shared with the model passed in; the export rounds them to bf16.
+    assert torch.allclose(exported(tokens).logits, model(tokens).logits, atol=0.05)
+    assert not torch.equal(exported.get_input_embeddings().weight, make_model().get_input_embeddings().weight)
+    # The finished run is recognised, and can be refused.
+    assert burnish.SFT(recipe, model=model, dataset=dataset, tokenizer=tokenizer).train().summary == result.summary
+    with pytest.raises(RecipeError, match=r"checkpoint\.resume=never"):
+        burnish.SFT(recipe, model=model, dataset=dataset, tokenizer=tokenizer).train(resume=False)
+
+
+def test_a_recipe_file_needs_nothing_else(recipe: dict[str, Any], workshop: Workshop) -> None:
+    path = workshop.recipe(
+        run={"dir": "runs/file", "trackers": []}, data={"train": [{"path": "train.jsonl"}], "workers": 0}
+    )
+    assert os.path.samefile(Path.cwd(), workshop.folder)
+    result = burnish.SFT(path).train()
+    assert result.export == Path("runs/file/hf/step-12")
+    assert result.export.is_dir()
+
+
+def test_what_is_no_data_set_is_refused(recipe: dict[str, Any]) -> None:
+    with pytest.raises(burnish.types.UserError, match="must be a list of rows"):
+        burnish.SFT(recipe, model=make_model(), dataset=7, tokenizer=AutoTokenizer.from_pretrained("tokenizer")).train()
+
+
+def test_without_data_the_recipe_is_refused(recipe: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=r"data\.train is empty"):
+        burnish.SFT(recipe, model=make_model(), tokenizer=AutoTokenizer.from_pretrained("tokenizer")).train()
