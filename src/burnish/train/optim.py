@@ -29,8 +29,11 @@ FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 SMALLEST_INT8 = 4096
 """Values from which a tensor's moments are worth int8; norms and biases below it keep fp32 and cost next to nothing."""
 
-STRETCH = 2**22
-"""Values updated at a time, which bounds the temporaries of a narrow update to some 200 MB whatever a tensor's size."""
+STRETCH = {"cpu": 2**17}
+"""Values updated at a time, which bounds the temporaries of a narrow update: on a CPU to what its caches hold."""
+
+DEFAULT_STRETCH = 2**22
+"""The same on any other device, where they take some 200 MB and a kernel is long enough to hide its launch."""
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
@@ -281,8 +284,9 @@ class NarrowOptimizer(Optimizer):
         dtype = torch.float64 if slot.parameter.dtype is torch.float64 else torch.float32
         step = slot.step.double() + 1
         key = step.long() * 0x2545F4914F6CDD1D + slot.key
-        for start in range(0, len(gradient_N), STRETCH):
-            end = min(start + STRETCH, len(gradient_N))
+        stretch = STRETCH.get(gradient_N.device.type, DEFAULT_STRETCH)
+        for start in range(0, len(gradient_N), stretch):
+            end = min(start + stretch, len(gradient_N))
             stores = {"weight": slot.weight, **slot.moments}
             old = {name: store.read(start, end, dtype) for name, store in stores.items()}
             new = self._advance(old, gradient_N[start:end].to(dtype), step, lr, slot.weight_decay)

@@ -11,7 +11,15 @@ from torch.nn import Parameter
 from transformers import optimization
 
 from burnish.config import OptimConfig
-from burnish.train.optim import Optimizer, States, build_optimizer, clip_gradients, learning_rate, weight_decays
+from burnish.train.optim import (
+    STRETCH,
+    Optimizer,
+    States,
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    weight_decays,
+)
 from burnish.types import UserError
 
 GOOD, BAD = torch.tensor(True), torch.tensor(False)
@@ -313,7 +321,7 @@ def test_stretches_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch):
         return parameters
 
     whole = weights()
-    monkeypatch.setattr("burnish.train.optim.STRETCH", 512)
+    monkeypatch.setitem(STRETCH, "cpu", 512)
     assert distance(weights(), whole) == 0
 
 
