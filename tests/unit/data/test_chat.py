@@ -126,9 +126,8 @@ def tokenizers(shared: Path) -> Tokenizers:
 
 def reference_ids(tokenizer: PreTrainedTokenizerFast, chat: Conversation, **kwargs: Any) -> list[int]:
     messages = [message_dict(message) for message in chat.messages]
-    tools = None if chat.tools is None else list(chat.tools)
-    ids = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False, **kwargs)
-    assert isinstance(ids, list)
+    tools: Any = None if chat.tools is None else list(chat.tools)
+    ids: Any = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False, **kwargs)
     return ids
 
 
