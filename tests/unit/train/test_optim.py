@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -21,6 +21,16 @@ from burnish.train.optim import (
     weight_decays,
 )
 from burnish.types import UserError
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small only wait for a second thread, long where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 GOOD, BAD = torch.tensor(True), torch.tensor(False)
 TOTAL = 40
@@ -369,7 +379,7 @@ def test_a_row_without_gradients_does_not_explode_in_int8():
         weight.grad[0] = torch.logspace(-8, 0, 256) if step == 0 else 0.0
         weight.grad[1] = 1.0
         optimizer.step(1e-2, GOOD)
-    assert float(weight.abs().max()) < 0.6
+    assert float(weight.detach().abs().max()) < 0.6
 
 
 # Weight decay groups

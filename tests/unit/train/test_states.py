@@ -79,11 +79,11 @@ def test_int8_is_right_on_average_and_exact_for_the_largest_of_a_block(signed: b
     values = torch.randn(700, generator=generator) * torch.logspace(-3, 3, 700)
     values = values if signed else values.square()
     store, total = Int8Store.zeros(700, signed, CPU), torch.zeros(700, dtype=torch.float64)
-    for repeat in range(400):
+    for repeat in range(100):
         store.write(0, values, noise(700, repeat), TRUE)
         total += store.read(0, 700, torch.float64)
     largest = torch.cat([b.abs().amax().repeat(len(b)) for b in values.split(256)]).double()
-    assert float(((total / 400 - values).abs() / largest).max()) < 2e-3
+    assert float(((total / 100 - values).abs() / largest).max()) < 4e-3
     for stretch, decoded in zip(values.split(256), store.read(0, 700, torch.float32).split(256), strict=True):
         assert decoded[stretch.abs().argmax()] == pytest.approx(float(stretch[stretch.abs().argmax()]), rel=1e-6)
 
