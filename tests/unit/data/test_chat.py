@@ -238,8 +238,9 @@ TRAINED = ["Hi.<|im_end|>", "Yes.<|im_end|>"]
 )
 def test_places_follow_from_any_way_to_loop(plain: PreTrainedTokenizerFast, template: str) -> None:
     ours = with_template(plain, template)
-    encoded = ours.encode(CHAT)
-    assert encoded.tokens.tolist() == reference_ids(plain, CHAT, chat_template=template)
+    chat = Conversation((user("hello"), answer("Hi."), user(""), answer("Yes."), result("found")))
+    encoded = ours.encode(chat)
+    assert encoded.tokens.tolist() == reference_ids(plain, chat, chat_template=template)
     assert trained_texts(ours, encoded) == TRAINED
 
 
@@ -297,6 +298,13 @@ def test_what_cannot_be_known_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(RowError, match=reason):
         with_template(plain, template).encode(Conversation(CHAT.messages, ({"x": "tool"},)))
+
+
+def test_white_space_is_trained_though_a_post_processor_trims_offsets(plain: PreTrainedTokenizerFast) -> None:
+    theirs: Any = copy.deepcopy(plain)
+    theirs.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    ours = with_template(theirs, LOOP)
+    assert trained_texts(ours, ours.encode(Conversation((user("a"), answer("  \t "))))) == ["  \t <|im_end|>"]
 
 
 def test_an_untrained_turn_need_not_be_known(plain: PreTrainedTokenizerFast) -> None:
