@@ -300,11 +300,12 @@ def test_what_cannot_be_known_is_refused_with_the_reason(
         with_template(plain, template).encode(Conversation(CHAT.messages, ({"x": "tool"},)))
 
 
-def test_white_space_is_trained_though_a_post_processor_trims_offsets(plain: PreTrainedTokenizerFast) -> None:
+def test_offsets_that_a_post_processor_trims_move_no_boundary(plain: PreTrainedTokenizerFast) -> None:
     theirs: Any = copy.deepcopy(plain)
     theirs.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    ours = with_template(theirs, LOOP)
-    assert trained_texts(ours, ours.encode(Conversation((user("a"), answer("  \t "))))) == ["  \t <|im_end|>"]
+    ours = with_template(theirs, LOOP.replace("+ '\\n' + m", "+ ': ' + m").replace("assistant\\n", "assistant: "))
+    encoded = ours.encode(Conversation((user("a"), answer("99"), user("a"), answer("  \t "))))
+    assert trained_texts(ours, encoded) == ["99<|im_end|>", "  \t <|im_end|>"]
 
 
 def test_an_untrained_turn_need_not_be_known(plain: PreTrainedTokenizerFast) -> None:
