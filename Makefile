@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PYTEST := OMP_NUM_THREADS=2 $(BIN)/python -m pytest
 
-.PHONY: install quickstart test test-all check format bench pins clean
+.PHONY: install quickstart test test-all check format docs bench pins clean
 
 install: $(INSTALLED)
 
@@ -32,6 +32,9 @@ check: install
 format: install
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+docs: install
+	$(BIN)/python docs/key_reference.py
 
 bench: install
 	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
