@@ -196,12 +196,11 @@ class PreparePool:
 
     def __init__(self, preparer: Preparer, workers: int) -> None:
         self._preparer = preparer
-        self._workers = [_Worker() for _ in range(workers)]
+        pickled = pickle.dumps(preparer) if workers else b""
+        self._workers = [_Worker(pickled) for _ in range(workers)]
         self._stop = weakref.finalize(self, _stop, self._workers)
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        pickled = pickle.dumps(preparer) if workers else b""
         for worker in self._workers:
-            worker.connection.send_bytes(pickled)
             self._idle.put(worker)
         # A thread waits for each worker, so that a chunk is read off the socket as soon as it is done.
         self._threads = ThreadPoolExecutor(max(workers, 1), "prepare")
@@ -254,7 +253,9 @@ class PreparePool:
 class _Worker:
     """One process and the socket to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, pickled: bytes) -> None:
+        self._unsent: bytes | None = pickled
+        """The preparer, until the first chunk follows it: the process is still starting when this returns."""
         self.connection, theirs = Pipe()
         # -P and PYTHONPATH: the worker finds the modules that this process finds, and no others.
         environment = {
@@ -276,6 +277,9 @@ class _Worker:
 
     def ask(self, chunk: Sequence[Item]) -> list[Prepared]:
         try:
+            if self._unsent is not None:
+                self.connection.send_bytes(self._unsent)
+                self._unsent = None
             self.connection.send(list(chunk))
             reply = self.connection.recv()
         except (EOFError, OSError):
