@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser(with_keys: bool = False) -> argparse.ArgumentParser:
-    """The parser of every command; `with_keys` writes all recipe keys into the help of `sft`, which imports the recipe."""
+    """The parser of every command; `with_keys` writes all recipe keys into the help of `sft`."""
     parser = Parser(
         prog="burnish",
         description="Post-train language models.",

@@ -21,14 +21,12 @@ class Card:
     name: str
     base_model: str
     step: int
-    total_steps: int
     samples: int
     tokens: int
     trained_tokens: int
     held_out_loss: float | None
-    train_loss: float | None
-    sources: Mapping[str, int]
-    """Rows by source."""
+    sources: Mapping[str, int | None]
+    """Rows by source, None for a stream."""
     recipe: str
     """The resolved recipe, YAML."""
     versions: Mapping[str, str]
@@ -38,12 +36,10 @@ class Card:
         front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [burnish, sft]"]
         if "/" in self.base_model and not Path(self.base_model).exists():
             front.append(f"base_model: {self.base_model}")
-        losses = [
-            f"| {label} loss | {loss:.4f} |"
-            for label, loss in (("held-out", self.held_out_loss), ("training", self.train_loss))
-            if loss is not None
-        ]
-        rows = ", ".join(f"{name} ({count:,} rows)" for name, count in self.sources.items())
+        loss = [] if self.held_out_loss is None else [f"| held-out loss | {self.held_out_loss:.4f} |"]
+        rows = ", ".join(
+            f"{name} ({'streamed' if count is None else f'{count:,} rows'})" for name, count in self.sources.items()
+        )
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         lines = [
             *front,
@@ -55,10 +51,10 @@ class Card:
             "",
             "| | |",
             "|---|---|",
-            f"| step | {self.step:,} of {self.total_steps:,} |",
+            f"| step | {self.step:,} |",
             f"| samples | {self.samples:,} |",
             f"| tokens | {self.tokens:,}, of which {self.trained_tokens:,} trained |",
-            *losses,
+            *loss,
             f"| data | {rows} |",
             f"| versions | {versions} |",
             "",

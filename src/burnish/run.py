@@ -37,7 +37,6 @@ class Watcher(Protocol):
     def evaluation(self, line: Line) -> None: ...
 
 
-
 class RunFolder:
     """The paths of RUN/, and the lock that keeps a second process out of it."""
 
@@ -270,9 +269,7 @@ def stop_on_signals(run: Run) -> Iterator[None]:
         if run.interrupted is not None and number == signal.SIGINT:
             os._exit(128 + number)
         run.interrupted = signal.Signals(number)
-        LOG.info(
-            f"{signal.Signals(number).name}: finishing the step, then saving; Ctrl-C again stops at once"
-        )
+        LOG.info(f"{signal.Signals(number).name}: finishing the step, then saving; Ctrl-C again stops at once")
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

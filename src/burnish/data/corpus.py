@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from burnish.config import DataConfig, RecipeError, SourceConfig
+from burnish.config import DataConfig, SourceConfig
 from burnish.data.conversation import Format, recognise
 from burnish.data.order import Order, hold_out
 from burnish.data.rows import MemoryRows, Rows, open_rows
@@ -75,16 +75,12 @@ class Corpus:
         return {"train": [one(s) for s in self.train], "validation": [one(s) for s in self.validation]}
 
 
-def open_corpus(
-    data: DataConfig, seed: int, train_rows: Any = None, validation_rows: Any = None, require_train: bool = True
-) -> Corpus:
+def open_corpus(data: DataConfig, seed: int, train_rows: Any = None, validation_rows: Any = None) -> Corpus:
     """Open what `data` names; `train_rows` and `validation_rows` are data sets handed over in Python instead.
 
-    Raises RecipeError or UserError where a source is missing, empty or of no known shape.
+    Raises UserError where a source is missing, empty or of no known shape.
     """
     train = _opened(data.train, "data.train", train_rows)
-    if require_train and not train:
-        raise RecipeError("data.train is empty; name at least one source, such as [{path: rows.jsonl}]")
     if isinstance(data.validation, float) and validation_rows is None:
         return Corpus(*_split(train, data.validation, seed))
     configs = data.validation if isinstance(data.validation, tuple) else ()

@@ -52,15 +52,18 @@ class Feed:
         self._exit = ExitStack()
         pool = self._exit.enter_context(PreparePool(preparer, workers))
         stores: list[TokenStore | None] = []
+        opened: dict[str, TokenStore] = {}  # by key: a split source is held once, for both of its parts
         for index, source in enumerate(corpus.sources):
             stored = isinstance(source.rows, Rows) and (store_train or index >= len(corpus.train))
             if folder is None or not stored:
                 stores.append(None)
                 continue
             assert isinstance(source.rows, Rows)
-            store = TokenStore(folder / preparer.fingerprint(index)[:32], len(source.rows))
-            self._exit.callback(store.close)
-            stores.append(store)
+            key = preparer.fingerprint(index)[:32]
+            if key not in opened:
+                opened[key] = TokenStore(folder / key, len(source.rows))
+                self._exit.callback(opened[key].close)
+            stores.append(opened[key])
         self._prepare = StoredPreparation(pool.map, stores).map
 
     def __enter__(self) -> Feed:

@@ -30,7 +30,7 @@ def pack(samples: Sequence[Sample], layout: Layout, normalization: Literal["toke
     """Cut one step's samples into micro-batches of at most `layout.tokens_per_micro_batch` tokens each.
 
     token: the loss is sum(w*l) / sum(w) over the step. sample: (1/N) * sum over samples of [sum(w*l) / sum(w)], over
-    the N samples with a positive sum. The batches' weights are scaled so that sum(weights*l) / denominator is that loss.
+    the N samples with a positive sum. Weights in batches are scaled so that sum(weights*l) / denominator is that loss.
 
     Raises UserError where no token of the step is trained or a sample is longer than the budget.
     """

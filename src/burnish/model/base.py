@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from burnish.model.lm_head import Head
+from burnish.observe.flops import ModelShape
 from burnish.types import Documents, UserError
 
 
@@ -48,3 +49,16 @@ class CausalLM(nn.Module):
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write config.json and safetensors in `dtype` into an existing folder, as `transformers` reads them."""
         raise NotImplementedError
+
+
+def model_shape(model: CausalLM) -> ModelShape:
+    """What MFU counts by, of a model of equal heads in all layers; shapes alone are read, so it may be on meta."""
+    config, blocks = model.config, model.blocks()
+    num_heads = config["num_attention_heads"]
+    return ModelShape(
+        body_parameters=sum(p.numel() for block in blocks for p in block.parameters() if p.ndim == 2),
+        head_parameters=model.head().weight_VD.numel(),
+        num_layers=len(blocks),
+        num_heads=num_heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
+    )

@@ -41,8 +41,8 @@ def check_vocabulary(
     warnings: list[str] = []
     if tokenizer.largest_id >= num_embeddings:
         errors.append(
-            f"{tokenizer.name} has ids up to {tokenizer.largest_id}, but the model's embedding has {num_embeddings} rows "
-            f"(ids 0 to {num_embeddings - 1}); set model.tokenizer to the tokenizer the model was made with"
+            f"{tokenizer.name} has ids up to {tokenizer.largest_id}, but the model's embedding has {num_embeddings} "
+            f"rows (ids 0 to {num_embeddings - 1}); set model.tokenizer to the tokenizer the model was made with"
         )
     for place, settings in (("config.json", config), ("generation_config.json", generation)):
         if settings is None:
@@ -62,8 +62,8 @@ def check_vocabulary(
         warnings.append(f"{tokenizer.name} has no eos token: generation stops only where the configuration names one")
     elif tokenizer.pad == tokenizer.eos:
         warnings.append(
-            f"{tokenizer.name}: pad and eos are one token ({tokenizer.eos}); burnish masks by length and trains it where "
-            "a turn ends, but other tools may mask it by id"
+            f"{tokenizer.name}: pad and eos are one token ({tokenizer.eos}); burnish masks by length and trains it "
+            "where a turn ends, but other tools may mask it by id"
         )
     return Findings(tuple(errors), tuple(dict.fromkeys(warnings)))
 

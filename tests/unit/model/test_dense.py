@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from burnish.model import zoo
 from burnish.model.attention import attend_sdpa
-from burnish.model.base import CausalLM, UnsupportedModel
+from burnish.model.base import CausalLM, UnsupportedModel, model_shape
 from burnish.model.dense import RMSNorm
 from burnish.model.lm_head import logits
 from burnish.model.rope import VARIANTS, Rotary, read_rope
-from burnish.model.work import count_work
+from burnish.observe.flops import step_flops
 from burnish.types import Documents, UserError
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -394,6 +394,6 @@ def test_work_counts_matrix_products_of_forward_and_backward():
         all_logits(model, tokens_T, positions_T, documents).sum().backward()
     counted = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     matmul = sum(flops for op, flops in counted.items() if "attention" not in op)
-    work = count_work(model)
-    assert matmul == 6 * (work.block_parameters + work.head_parameters) * 40
-    assert work.flops([40], 40) - matmul == 6 * 2 * 4 * 8 * 40**2
+    shape = model_shape(model)
+    assert matmul == 6 * (shape.body_parameters + shape.head_parameters) * 40
+    assert step_flops(shape, [40], 40) - matmul == 6 * 2 * 4 * 8 * 40**2

@@ -1,0 +1,214 @@
+"""What is said of a run: the facts at its start, summary.json, report.html. It computes and trains nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from burnish.components import Components
+from burnish.config import dump
+from burnish.data.chat import TextTokenizer
+from burnish.data.feed import Feed, Preparation
+from burnish.data.rows import Rows
+from burnish.length import RunLength
+from burnish.observe.environment import environment, versions
+from burnish.observe.flops import formula_text
+from burnish.observe.metrics import read
+from burnish.observe.report import (
+    Generation,
+    LengthDistribution,
+    RenderedSample,
+    Report,
+    SourceSummary,
+    write_report,
+)
+from burnish.observe.units import count_text, duration_text
+from burnish.run import Run, RunFolder, write_text
+from burnish.types import Sample
+
+PICTURED_ROWS = 2_000
+"""Rows of a source from whose lengths the report draws its distribution."""
+SHOWN_SAMPLES = 3
+"""Rendered samples of each source in the report."""
+
+
+def start_facts(parts: Components, length: RunLength) -> list[tuple[str, str]]:
+    """Labels and values of what is about to run."""
+    recipe, loaded = parts.recipe, parts.loaded
+    frozen = sum(p.numel() for p in loaded.model.parameters() if not p.requires_grad)
+    parameters = count_text(loaded.num_parameters) + (f", {count_text(frozen)} of them frozen" if frozen else "")
+    precision = [f"{name} {value}" for name, value in recipe.precision]
+    unit, size = recipe.batch.size
+    budget = parts.layout.tokens_per_micro_batch
+    rows = ", ".join(
+        f"{s.name} ({s.format}{f', {s.num_rows:,} rows' if s.num_rows is not None else ', streamed'})"
+        for s in parts.corpus.train
+    )
+    facts = [
+        ("model", f"{loaded.facts['architecture']}, {parameters} parameters, {loaded.facts['implementation']}"),
+        ("attention", f"{loaded.attention}, {'packed' if parts.layout.packed else 'one document a row'}"),
+        ("data", rows),
+        ("held out", ", ".join(f"{s.name} ({s.num_rows:,} rows)" for s in parts.corpus.validation) or "none"),
+        ("length", f"{length.total_steps:,} steps of {size:,} {unit}, micro-batches of {budget:,} tokens"),
+        ("precision", ", ".join(precision)),
+        ("layout", f"one process on {parts.device}"),
+    ]
+    utilisation = parts.utilisation()
+    if utilisation is not None:
+        facts.append(
+            ("MFU", formula_text(utilisation.shape, torch.cuda.get_device_name(parts.device), utilisation.peak))
+        )
+    return facts
+
+
+def write_facts(parts: Components, folder: RunFolder) -> None:
+    """recipe.yaml, environment.json, data.json and model/: what the run is made of."""
+    write_text(folder.path / "recipe.yaml", dump(parts.recipe))
+    folder.write_json("environment.json", environment(str(parts.device)))
+    folder.write_json("data.json", {"date": parts.date, **parts.corpus.facts()})
+    model = folder.path / "model"
+    model.mkdir(exist_ok=True)
+    folder.write_json("model/config.json", parts.loaded.model.config)
+    if parts.generation_config is not None:
+        folder.write_json("model/generation_config.json", parts.generation_config)
+    parts.tokenizer.save_pretrained(str(model))
+
+
+def summarise(
+    run: Run,
+    counts: Mapping[str, Mapping[str, int]],
+    held_out_counts: Mapping[str, Mapping[str, int]],
+    seconds: float,
+    first_step: int,
+    export: Path | None,
+) -> dict[str, Any]:
+    """summary.json. Rates are of this process, which began after `first_step` steps and took `seconds`."""
+    progress = run.progress
+    lines = read(run.folder.metrics)
+    steps = [line for line in lines if "loss" in line]
+    recent = [line for line in steps if line["step"] > first_step]
+    return {
+        "finished": True,
+        "stopped_early": run.stopped_early,
+        "step": progress.step,
+        "total_steps": run.total_steps,
+        "runtime_seconds": seconds,
+        "samples_per_second": sum(line["samples"] for line in recent) / seconds,
+        "tokens_per_second": sum(line["tokens"] for line in recent) / seconds,
+        "total_samples": progress.totals.samples,
+        "total_tokens": progress.totals.tokens,
+        "total_trained_tokens": progress.totals.trained_tokens,
+        "final_train_loss": steps[-1]["loss"] if steps else None,
+        "first_eval_loss": next((line["eval/loss"] for line in lines if "eval/loss" in line), None),
+        "final_eval_loss": progress.last_evaluation.get("eval/loss"),
+        "best_eval_loss": progress.best_loss,
+        "best_step": progress.best_step,
+        "rows": counts,
+        "held_out_rows": held_out_counts,
+        "export": None if export is None else str(export),
+    }
+
+
+def result_facts(summary: Mapping[str, Any], folder: RunFolder) -> list[tuple[str, str]]:
+    """Labels and values of what came of a run, and where it lies."""
+    tokens, trained = count_text(summary["total_tokens"]), count_text(summary["total_trained_tokens"])
+    seconds = duration_text(summary["runtime_seconds"])
+    facts = [
+        ("steps", f"{summary['step']:,} of {summary['total_steps']:,} in {seconds}"),
+        ("tokens", f"{tokens}, {trained} trained"),
+    ]
+    if summary["final_train_loss"] is not None:
+        facts.append(("train loss", f"{summary['final_train_loss']:.4f}"))
+    if summary["final_eval_loss"] is not None:
+        change = f"{summary['first_eval_loss']:.4f} -> " if summary["first_eval_loss"] is not None else ""
+        facts.append(("held-out loss", f"{change}{summary['final_eval_loss']:.4f}"))
+    changed = [
+        f"{name}: {number} {kind.replace('_', '-')}"
+        for counts in (summary["rows"], summary["held_out_rows"])
+        for name, kinds in counts.items()
+        for kind, number in kinds.items()
+        if kind != "kept" and number
+    ]
+    if changed:
+        facts.append(("dropped or cut", "; ".join(changed)))
+    if summary["export"] is not None:
+        facts.append(("export", summary["export"]))
+    facts += [("report", str(folder.report)), ("metrics", str(folder.metrics))]
+    if summary["export"] is not None:
+        facts.append(("next", f"burnish chat {summary['export']}"))
+    return facts
+
+
+def write_run_report(
+    parts: Components,
+    folder: RunFolder,
+    feed: Feed,
+    held_out: Sequence[Preparation],
+    length: RunLength,
+    summary: Mapping[str, Any],
+) -> None:
+    """report.html, from what the run left in its folder and from the first rows of its sources."""
+    answers = folder.answers.read_text(encoding="utf-8").splitlines() if folder.answers.exists() else []
+    metrics = read(folder.metrics)
+    pictured = [_first_rows(feed, index) for index in range(len(parts.corpus.train))]
+    trained = [
+        _source_summary(
+            source.name,
+            "train",
+            summary["rows"].get(source.name, {}),
+            sum(line.get(f"tokens/{source.name}", 0) for line in metrics),
+            sum(line.get(f"trained_tokens/{source.name}", 0) for line in metrics),
+            LengthDistribution.of([len(row.tokens) for row in rows]),
+        )
+        for source, rows in zip(parts.corpus.train, pictured, strict=True)
+    ]
+    evaluated = [
+        _source_summary(
+            source.name,
+            "validation",
+            found.counts,
+            int(found.lengths.sum()),
+            found.num_trained,
+            LengthDistribution.of(found.lengths[found.lengths > 0].tolist()),
+        )
+        for source, found in zip(parts.corpus.validation, held_out, strict=True)
+    ]
+    report = Report(
+        title=parts.recipe.run.name or folder.path.name,
+        facts=[*start_facts(parts, length), *((f"{name} version", text) for name, text in versions().items())],
+        summary=result_facts(summary, folder),
+        metrics=metrics,
+        sources=[*trained, *evaluated],
+        samples=[_rendered(parts.text_tokenizer, row) for rows in pictured for row in rows[:SHOWN_SAMPLES]],
+        generations=[Generation(**json.loads(line)) for line in answers],
+        recipe=dump(parts.recipe),
+    )
+    write_report(folder.report, report)
+
+
+def _first_rows(feed: Feed, index: int) -> list[Sample]:
+    """The kept ones of a source's first rows: enough for a picture of it. None of a stream, which has no first rows."""
+    if not isinstance(feed.corpus.train[index].rows, Rows):
+        return []
+    return [row for row in islice(feed.rows(index), PICTURED_ROWS) if isinstance(row, Sample)]
+
+
+def _rendered(tokenizer: TextTokenizer, sample: Sample) -> RenderedSample:
+    texts = [tokenizer.decode([token]) for token in sample.tokens]
+    pieces = list(zip(texts, sample.loss_weights.tolist(), strict=True))
+    return RenderedSample(sample.source, sample.index, pieces)
+
+
+def _source_summary(
+    name: str, split: str, counts: Mapping[str, int], tokens: int, num_trained: int, lengths: LengthDistribution | None
+) -> SourceSummary:
+    dropped = {kind.replace("_", "-"): n for kind, n in counts.items() if kind not in ("kept", "cut")}
+    kept = counts.get("kept", 0)
+    return SourceSummary(
+        name, split, kept + sum(dropped.values()), kept, dropped, counts.get("cut", 0), tokens, num_trained, lengths
+    )
