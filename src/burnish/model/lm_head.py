@@ -23,7 +23,7 @@ CPU_BLOCK_BYTES = 8 * 2**20
 DEVICE_BLOCK_BYTES = 256 * 2**20
 """Size of one block of logits. On a CPU it stays in the cache; elsewhere it is large enough to fill the device."""
 MIN_BLOCK = 512
-"""Narrowest block: below, the matmuls are too thin to be worth the memory."""
+"""Narrowest block, in tokens of the vocabulary; it outweighs the sizes above, because thinner matmuls are slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ def score(hidden_KD: Tensor, head: Head, targets_K: Tensor, block: int | None = 
     The sweep runs over blocks of the vocabulary, so that each row of the weight's gradient is one matmul over all
     tokens and nothing is accumulated for it. The forward pass is the online softmax (Milakov and Gimelshein,
     arXiv:1805.02867); the backward pass computes every block again, from log S alone (as Cut Cross-Entropy does:
-    Wijmans et al., arXiv:2411.09009). At most two buffers of the size of a block are alive at a time, by default of
-    8 MiB on a CPU and 256 MiB elsewhere.
+    Wijmans et al., arXiv:2411.09009). At most two buffers of the size of a block are alive at a time; by default a block
+    takes 8 MiB on a CPU and 256 MiB elsewhere.
 
     Matmuls run in the dtype of the inputs, everything else in float32 (float64 where the inputs are). Inputs that
     require no gradient cost none. Nothing waits for the device.
