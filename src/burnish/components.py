@@ -95,7 +95,7 @@ class Components:
         """transformers' tokenizer, with the recipe's chat template in place of its own where it names one."""
         tokenizer = self.given_tokenizer
         if tokenizer is None:
-            tokenizer = _load_tokenizer(self.recipe.model)
+            tokenizer = _load_tokenizer(self.recipe.model, self.loaded.folder)
         template = self.recipe.data.chat_template
         if template is not None:
             if not Path(template).is_file():
@@ -271,20 +271,17 @@ class Components:
             torch.use_deterministic_algorithms(True)
 
 
-def _load_tokenizer(model: ModelConfig) -> Any:
+def _load_tokenizer(model: ModelConfig, folder: Path) -> Any:
+    """The tokenizer that the recipe names, or the one in the model's folder. Raises UserError where there is none."""
     from transformers import AutoTokenizer
 
-    place = model.tokenizer or model.path or model.init
-    assert place is not None
+    place = model.tokenizer or str(folder)
     try:
-        return AutoTokenizer.from_pretrained(
-            place, revision=model.revision if place == model.path else "main", trust_remote_code=model.trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
-        key = "model.tokenizer" if model.tokenizer else "model.path" if model.path else "model.init"
         raise UserError(
-            f"{key}={place}: no tokenizer could be loaded from it; set model.tokenizer to a folder with a "
-            f"tokenizer.json or a hub id ({str(error).splitlines()[0]})"
+            f"no tokenizer could be loaded from {place}; set model.tokenizer to a folder with a tokenizer.json or a "
+            f"hub id ({str(error).splitlines()[0]})"
         ) from None
 
 

@@ -19,7 +19,8 @@ class Card:
     """The facts of a run that stand in its model card."""
 
     name: str
-    base_model: str
+    base_model: str | None
+    """Folder or hub id; None for random weights."""
     step: int
     samples: int
     tokens: int
@@ -34,7 +35,7 @@ class Card:
     def text(self) -> str:
         """The card as README.md: YAML front matter that the Hugging Face hub reads, and Markdown."""
         front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [burnish, sft]"]
-        if "/" in self.base_model and not Path(self.base_model).exists():
+        if self.base_model is not None and "/" in self.base_model and not Path(self.base_model).exists():
             front.append(f"base_model: {self.base_model}")
         loss = [] if self.held_out_loss is None else [f"| held-out loss | {self.held_out_loss:.4f} |"]
         rows = ", ".join(
@@ -47,7 +48,7 @@ class Card:
             "",
             f"# {self.name}",
             "",
-            f"Fine-tuned by burnish from `{self.base_model}`.",
+            f"Fine-tuned by burnish from {'random weights' if self.base_model is None else f'`{self.base_model}`'}.",
             "",
             "| | |",
             "|---|---|",

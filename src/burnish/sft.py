@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,8 @@ class SFT:
         if not self.parts.corpus.validation:
             raise RecipeError("data.validation is empty; name the rows to evaluate on")
         self.parts.check_vocabulary()
-        with self.parts.feed(store=None) as feed:
+        with TemporaryDirectory() as store, self.parts.feed(Path(store)) as feed:
+            feed.prepare_held_out()
             return evaluate(self.parts.scorer(), feed.held_out(), self.parts.evaluation_layout())
 
     def export(self, folder: str | Path) -> Path:
@@ -300,7 +302,7 @@ class SFT:
         model = parts.loaded.model
         card = Card(
             name=recipe.run.name or self.folder.path.name,
-            base_model=recipe.model.path or f"random weights of the shape of {recipe.model.init}",
+            base_model=recipe.model.path,
             step=progress.step if step is None else step,
             samples=progress.totals.samples,
             tokens=progress.totals.tokens,

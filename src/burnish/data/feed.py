@@ -16,7 +16,7 @@ from burnish.data.prepare import Item, Prepared, PreparePool, Preparer, Rejected
 from burnish.data.rows import Rows
 from burnish.data.source import CHUNK, BatchSize, RowsError, RowSource
 from burnish.data.store import StoredPreparation, TokenStore
-from burnish.types import Sample, Status
+from burnish.types import Sample, Status, UserError
 
 SHOWN = 20
 """Bad rows listed in one message."""
@@ -87,11 +87,11 @@ class Feed:
         return self._prepare_all(range(len(self.corpus.train), len(self.corpus.sources)))
 
     def held_out(self) -> dict[str, Iterable[Sample]]:
-        """The samples of each held-out source, read anew at each pass."""
+        """The samples of each held-out source, read anew at each pass. `prepare_held_out` comes before."""
         first = len(self.corpus.train)
         return {source.name: _Kept(self, first + i) for i, source in enumerate(self.corpus.validation)}
 
-    def _prepare_all(self, indices: Iterable[int]) -> list[Preparation]:
+    def _prepare_all(self, indices: Sequence[int]) -> list[Preparation]:
         stopping: list[str] = []
         found = []
         for index in indices:
@@ -107,15 +107,20 @@ class Feed:
                 preparation.lengths[place] = len(row.tokens)
                 preparation.num_trained += row.num_trained
                 preparation.counts["kept"] += 1
-                preparation.counts["cut"] += row.status is Status.TRUNCATED
+                if row.status is Status.TRUNCATED:
+                    preparation.counts["cut"] += 1
             found.append(preparation)
         if stopping:
             more = f"\n  and {len(stopping) - SHOWN} more" if len(stopping) > SHOWN else ""
             listed = "".join(f"\n  {message}" for message in stopping[:SHOWN])
             raise RowsError(
-                f"{len(stopping)} rows cannot be trained on:{listed}{more}\n"
+                f"{len(stopping)} rows cannot be used:{listed}{more}\n"
                 "mend them, or set data.bad_rows=drop (data.over_long for length) to go on without"
             )
+        for index, preparation in zip(indices, found, strict=True):
+            if not preparation.counts["kept"]:
+                name, dropped = self.corpus.sources[index].name, dict(preparation.counts)
+                raise UserError(f"no row of {name} is left: {dropped}; look at data.bad_rows, data.over_long and limits")
         return found
 
     def rows(self, index: int) -> Iterator[Prepared]:

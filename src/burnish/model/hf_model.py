@@ -128,11 +128,10 @@ class HFModel(CausalLM):
         noise_NLD = None if noise_TD is None else noise_TD.split(documents.lengths)
         hidden_NLD: dict[int, Tensor] = {}
         for group in groups_of_similar_length(documents.lengths):
+            # Padding comes last, where no token of a causal model sees it, so it needs no mask.
             tokens_BL = pad_sequence([tokens_NL[n] for n in group], batch_first=True)
-            mask_BL = pad_sequence([torch.ones_like(tokens_NL[n]) for n in group], batch_first=True)
             noise_BLD = None if noise_NLD is None else pad_sequence([noise_NLD[n] for n in group], batch_first=True)
-            padded = len({documents.lengths[n] for n in group}) > 1
-            hidden_BLD = self._hidden(tokens_BL, noise_BLD, attention_mask=mask_BL if padded else None)
+            hidden_BLD = self._hidden(tokens_BL, noise_BLD)
             hidden_NLD |= {n: hidden_LD[: documents.lengths[n]] for n, hidden_LD in zip(group, hidden_BLD, strict=True)}
         return torch.cat([hidden_NLD[n] for n in range(len(documents.lengths))])
 

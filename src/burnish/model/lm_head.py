@@ -64,7 +64,7 @@ def score(hidden_KD: Tensor, head: Head, targets_K: Tensor, block: int | None = 
     The sweep runs over blocks of the vocabulary, so that each row of the weight's gradient is one matmul over all
     tokens and nothing is accumulated for it. The forward pass is the online softmax (Milakov and Gimelshein,
     arXiv:1805.02867); the backward pass computes every block again, from log S alone (as Cut Cross-Entropy does:
-    Wijmans et al., arXiv:2411.09009). At most two buffers of the size of a block are alive at a time; by default a block
+    Wijmans et al., arXiv:2411.09009). At most two buffers of the size of a block are alive at a time; by default it
     takes 8 MiB on a CPU and 256 MiB elsewhere.
 
     Matmuls run in the dtype of the inputs, everything else in float32 (float64 where the inputs are). Inputs that
