@@ -34,7 +34,8 @@ SIZES = {
 }
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 PACKED: dict[str, dict[str, Any]] = {
-    "gemma2": SIZES | {"sliding_window": 4, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 5.0},
+    "gemma2": SIZES
+    | {"sliding_window": 4, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 0.5, "initializer_range": 0.2},
     "granite": SIZES | {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "attention_multiplier": 0.5},
     "cohere": SIZES | {"logit_scale": 0.0625},
     "gpt2": {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
