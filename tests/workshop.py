@@ -7,13 +7,16 @@ import multiprocessing
 import os
 import random
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from safetensors.torch import load_file
 
 COMMANDS = multiprocessing.get_context("forkserver")
 """Commands are forked from a process that imported what they need once: an import costs more than a tiny run."""
@@ -125,3 +128,22 @@ class Workshop:
 
     def metrics(self, run: str = "runs/a") -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The exported tensors of the newest step."""
+    newest = max((folder / "hf").glob("step-*"), key=lambda p: int(p.name.split("-")[1]))
+    return {k: v for file in sorted(newest.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def wait_for_step(run: Path, step: int, command: Command, seconds: float = 90) -> None:
+    """Return once metrics.jsonl holds `step`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+        steps = [json.loads(line)["step"] for line in lines if line.endswith("}")]
+        if steps and max(steps) >= step:
+            return
+        assert command.is_running, command.output.read_text()
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached in {seconds} s")

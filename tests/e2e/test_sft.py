@@ -4,39 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
-import time
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-from workshop import Command
+from workshop import wait_for_step, weights
 
 from burnish.cli import main
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The exported tensors of the newest step."""
-    newest = max((folder / "hf").glob("step-*"), key=lambda p: int(p.name.split("-")[1]))
-    return {k: v for file in sorted(newest.glob("*.safetensors")) for k, v in load_file(file).items()}
-
-
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
-
-
-def wait_for_step(run: Path, step: int, command: Command, seconds: float = 90) -> None:
-    """Return once metrics.jsonl holds `step`."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
-        steps = [json.loads(line)["step"] for line in lines if line.endswith("}")]
-        if steps and max(steps) >= step:
-            return
-        assert command.is_running, command.output.read_text()
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached in {seconds} s")
 
 
 def test_a_run_from_start_to_export(workshop) -> None:

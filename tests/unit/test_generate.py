@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,18 +129,20 @@ def test_a_prompt_longer_than_the_context_is_an_error_and_a_long_answer_is_cut(t
     assert generate(model, tokenizer, ["fox"], max_new_tokens=100) == generate(model, tokenizer, ["fox"])
 
 
-def test_what_is_missing_is_named(folder: Path, tmp_path: Path) -> None:
+def test_what_is_missing_is_named(model: CausalLM, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder here"):
         load_for_answers(str(tmp_path / "nowhere"))
-    run = tmp_path / "run"
-    (run / "hf").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"holds no config\.json"):
-        load_for_answers(str(run))
-    (folder / "config.json").rename(run / "hf" / "config.json")
-    with pytest.raises(UserError, match=f"give {run}/hf"):
-        load_for_answers(str(run))
+    with pytest.raises(UserError, match=r"holds no config\.json.*such as an export"):
+        load_for_answers(str(tmp_path))
+    for number, step in enumerate(("step-20", "step-100")):
+        export = tmp_path / "hf" / step
+        export.mkdir(parents=True)
+        model.export(export, torch.float32)
+        os.utime(export / "model.safetensors", (number, number))
+    with pytest.raises(UserError, match=f"give {tmp_path}/hf/step-100"):
+        load_for_answers(str(tmp_path))
     with pytest.raises(UserError, match="holds no tokenizer"):
-        load_for_answers(str(run / "hf"))
+        load_for_answers(str(tmp_path / "hf" / "step-100"))
 
 
 def test_generate_prints_the_answer(

@@ -163,7 +163,6 @@ class _Counts:
     capacity: int = 0
     padding: int = 0
     truncated: int = 0
-    dropped: int = 0
     flops: float = 0.0
 
 
@@ -174,7 +173,7 @@ class StepWindow:
     `loss`, the mean weighted by the steps' denominators; `lr`, the last step's; `nonfinite_steps`, a count; every other
     statistic of the trainer averaged by its weight (`grad_norm`, `accuracy`, `loss/<source>`, ...) and absent where
     that weight is 0; `samples`, `tokens` (no padding), `trained_tokens`, of both also each source's as
-    `tokens/<source>`; `truncated` and `dropped` rows; `packing_fill`, the share of the micro-batches' budget that
+    `tokens/<source>` and `trained_tokens/<source>`; `truncated` rows; `packing_fill`, the share of the micro-batches' budget that
     tokens took; `padding_share`, of the slots computed those that held no token; `tokens_per_second` and `mfu`, over
     the time not spent in save and evaluate; `time/<name>` in seconds; `memory/...` in GiB. `total_samples`,
     `total_tokens` and `total_trained_tokens` are of the whole run.
@@ -202,8 +201,8 @@ class StepWindow:
         self._counts = _Counts()
         self._since = self._clock()
 
-    def add(self, inputs: StepInput, stats: Stats, num_dropped: int = 0) -> None:
-        """Count one finished step; `num_dropped` rows were left out on the way to its samples."""
+    def add(self, inputs: StepInput, stats: Stats) -> None:
+        """Count one finished step."""
         for name, value in stats.items():
             weight = inputs.denominator if name == "loss" else value.weight
             one = Weighted(_as_double(value.sum), _as_double(weight))
@@ -214,10 +213,10 @@ class StepWindow:
         counts.totals += step
         counts.capacity += inputs.capacity
         counts.padding += inputs.num_padding
-        counts.dropped += num_dropped
         documents = _documents(inputs)
         for sample, length in documents:
             self._source_tokens[sample.source] += length
+            self._source_trained[sample.source] += sample.num_trained
             counts.truncated += sample.status == Status.TRUNCATED
         if self._utilisation:
             lengths = [length for _, length in documents]
@@ -243,8 +242,8 @@ class StepWindow:
             "packing_fill": counts.totals.tokens / counts.capacity,
             "padding_share": counts.padding / (counts.totals.tokens + counts.padding),
             "truncated": counts.truncated,
-            "dropped": counts.dropped,
             **{f"tokens/{source}": tokens for source, tokens in sorted(self._source_tokens.items())},
+            **{f"trained_tokens/{source}": tokens for source, tokens in sorted(self._source_trained.items())},
             **{f"time/{name}": value for name, value in times.items()},
             **memory(self._device_type),
         }

@@ -107,7 +107,7 @@ class LocalTrainer:
         one = torch.ones(())
         return stats | {
             "grad_norm": Weighted(grad_norm.detach(), one),
-            "lr": Weighted(torch.tensor(rate), one),
+            "lr": Weighted(rate, 1.0),
             "nonfinite_steps": Weighted((~finite).float(), one),
         }
 

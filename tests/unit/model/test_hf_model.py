@@ -43,7 +43,7 @@ PACKED: dict[str, dict[str, Any]] = {
     "mixtral": SIZES | EXPERTS | {"sliding_window": 4},
 }
 ROWS: dict[str, tuple[dict[str, Any], str]] = {
-    "mamba": ({k: SIZES[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers")}, "linear_attention"),
+    "mamba": ({k: SIZES[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers")}, "layers of type"),
     "gpt_oss": (SIZES | EXPERTS, "s_aux"),
     "bloom": ({"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "position_ids"),
 }
