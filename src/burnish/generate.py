@@ -147,8 +147,8 @@ def load_for_answers(name: str) -> tuple[PreTrainedModel, Tokenizer]:
     """
     folder = find_folder(name)
     if not (folder / "config.json").is_file():
-        exports = sorted({str(path.parent) for path in folder.glob("**/*.safetensors")})
-        remedy = f"give {exports[-1]}" if exports else "give a Hugging Face folder, such as an export of a run"
+        newest = max(folder.glob("**/*.safetensors"), key=lambda path: path.stat().st_mtime, default=None)
+        remedy = f"give {newest.parent}" if newest else "give a Hugging Face folder, such as an export of a run"
         raise UserError(f"{name} holds no config.json, so it is no model; {remedy}")
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
     if not any((folder / file).is_file() for file in names):

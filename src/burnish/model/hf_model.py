@@ -179,9 +179,9 @@ def wrap_hf_model(
 ) -> HFModel:
     """A loaded model of `transformers`, moved to `device`, as one of ours. Raises UserError as `load_hf_model` does."""
     nn.Module.to(inner, device)
-    # varlen knows no softcap of scores, so auto must not choose it for a model that has one.
-    capped = attention == "auto" and getattr(inner.config.get_text_config(), "attn_logit_softcapping", None) is not None
-    model = HFModel(inner, choose_attention("sdpa" if capped else attention, device, compute_dtype))
+    # varlen knows no cap of scores, so auto must not choose it for a model that has one.
+    asked = "sdpa" if attention == "auto" and _caps_scores(inner) else attention
+    model = HFModel(inner, choose_attention(asked, device, compute_dtype))
     verify_head(inner)
     obstacle = packing_obstacle(model)
     if obstacle is not None:
@@ -212,7 +212,7 @@ def read_inner(
             f"{name}: {len(absent)} weights of {type(inner).__name__} are missing from the checkpoint or have another "
             f"shape, such as {absent[0]}; they would be noise, so use a checkpoint that has them"
         )
-    return inner
+    return _with_every_cap(inner)
 
 
 def config_of(raw: Mapping[str, Any]) -> PreTrainedConfig:
@@ -226,7 +226,19 @@ def config_of(raw: Mapping[str, Any]) -> PreTrainedConfig:
 def _initialise(raw: Mapping[str, Any], trust_remote_code: bool, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config_of(raw), dtype=dtype, trust_remote_code=trust_remote_code)
+        inner = AutoModelForCausalLM.from_config(config_of(raw), dtype=dtype, trust_remote_code=trust_remote_code)
+    return _with_every_cap(inner)
+
+
+def _caps_scores(inner: PreTrainedModel) -> bool:
+    return getattr(inner.config.get_text_config(), "attn_logit_softcapping", None) is not None
+
+
+def _with_every_cap(inner: PreTrainedModel) -> PreTrainedModel:
+    """Older `transformers` let sdpa run where scores are capped, and leave out the cap."""
+    if _caps_scores(inner) and inner.config._attn_implementation == "sdpa":
+        inner.set_attn_implementation("eager")
+    return inner
 
 
 def head_of(inner: PreTrainedModel) -> Head:

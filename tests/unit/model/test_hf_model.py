@@ -194,7 +194,7 @@ def test_an_export_loads_with_the_same_logits(kind: str, tmp_path: Path) -> None
     tokens_T, positions_T, documents = pack()
     model(tokens_T, positions_T, documents)  # leaves our attention in place, which must not reach the config
     model.export(tmp_path, torch.float32)
-    inner = AutoModelForCausalLM.from_pretrained(tmp_path)
+    inner = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     ours_TV = logits(model(tokens_T, positions_T, documents), model.head())
     torch.testing.assert_close(ours_TV, theirs(HFModelView(inner), tokens_T), rtol=1e-4, atol=1e-6)
     again = load_hf_model(tmp_path, device="cpu", dtype=torch.float32, compute_dtype=torch.float32)
