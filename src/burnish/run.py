@@ -255,7 +255,9 @@ class Run:
             self.saved_step, self._last_save = step, time.monotonic()
             best = self.progress.best_step
             retain(
-                self.folder.checkpoints, self.checkpoint.keep, {best} if self.checkpoint.keep_best and best else set()
+                self.folder.checkpoints,
+                self.checkpoint.keep,
+                {best} if self.checkpoint.keep_best and best is not None else set(),
             )
             if self.checkpoint.export == "save":
                 self.export(step)

@@ -263,6 +263,8 @@ class SFT:
         with stop_on_signals(run):
             if self.recipe.evaluate.at_start and session.progress is None:
                 run.evaluate_now(session.trainer)
+                if self.recipe.checkpoint.keep_best:
+                    run.save(session.trainer, session.source)  # training may never do better
             try:
                 fit(session.trainer, session.source, run)
             except RowsError:

@@ -1,0 +1,151 @@
+"""What single keys of the recipe change about a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tiny import tiny_config
+from workshop import Workshop
+
+from burnish.config import recipe_from_dict
+from burnish.sft import SFT, Result
+from burnish.types import UserError
+
+Train = Callable[..., Result]
+
+
+@pytest.fixture
+def train(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Train:
+    """Train 6 steps in this process with some keys changed."""
+    monkeypatch.chdir(workshop.folder)
+
+    def run(*overrides: str) -> Result:
+        tree = {
+            "model": {"init": "model/config.json", "tokenizer": "tokenizer"},
+            "data": {"train": ["train.jsonl@[:48]"], "validation": ["held.jsonl"], "workers": 0},
+            "batch": {"samples": 8, "tokens_per_micro_batch": 128},
+            "optim": {"lr": 5e-3},
+            "precision": {"compute": "fp32"},
+            "evaluate": {"every": None},
+            "run": {"dir": "runs/a", "trackers": []},
+        }
+        return SFT(recipe_from_dict(tree, overrides)).train()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("train.recompute=full",),
+        ("train.recompute=selective", "precision.compute=bf16"),
+        ("precision.states=bf16",),
+        ("precision.states=int8",),
+        ("precision.compute=bf16", "precision.master=bf16", "optim.lr=1e-2"),
+        ("precision.compute=fp64", "precision.master=fp64", "precision.states=fp64", "precision.reduce=fp64"),
+        ("train.neftune_alpha=5.0",),
+        ("train.label_smoothing=0.1", "train.z_loss=1e-4"),
+        ("train.loss=sample",),
+        ("model.implementation=transformers",),
+        ("batch.packing=off",),
+        ("optim.schedule=wsd", "optim.warmup_steps=1"),
+        ("run.deterministic=true",),
+        ("data.prepare=first",),
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_it_learns_with(train: Train, overrides: tuple[str, ...]) -> None:
+    found = train(*overrides).summary
+    assert found["step"] == 6
+    assert found["final_eval_loss"] < found["first_eval_loss"] - 0.5
+
+
+@pytest.mark.parametrize(
+    "override", ["train.neftune_alpha=5.0", "train.label_smoothing=0.2", "train.z_loss=1e-2", "train.loss=sample",
+                 "optim.weight_decay=0.9", "optim.clip_norm=0.1", "optim.schedule=constant", "run.seed=1",
+                 "data.train_on=all", "data.shuffle=false"],
+)  # fmt: skip
+def test_a_key_changes_what_is_learned(train: Train, override: str) -> None:
+    plain = train("run.dir=runs/plain").summary
+    changed = train("run.dir=runs/changed", override).summary
+    assert changed["final_eval_loss"] != plain["final_eval_loss"]
+
+
+@pytest.mark.parametrize(
+    "override", ["train.recompute=full", "batch.tokens_per_micro_batch=512", "data.workers=1", "run.log_every=4"]
+)
+def test_a_key_changes_nothing_but_rounding(train: Train, override: str) -> None:
+    plain = train("run.dir=runs/plain").summary
+    changed = train("run.dir=runs/changed", override).summary
+    assert changed["final_eval_loss"] == pytest.approx(plain["final_eval_loss"], rel=1e-5)
+    assert changed["total_tokens"] == plain["total_tokens"]
+
+
+def test_frozen_parameters_stay(train: Train, workshop: Workshop) -> None:
+    import torch
+    from workshop import weights
+
+    train("run.dir=runs/none", "optim.lr=1e-30", "checkpoint.export_dtype=fp32")
+    train("run.dir=runs/frozen", "model.freeze=[model.layers.*.mlp.*]", "checkpoint.export_dtype=fp32")
+    start, frozen = weights(workshop.folder / "runs" / "none"), weights(workshop.folder / "runs" / "frozen")
+    same = {name for name in start if torch.allclose(start[name], frozen[name], atol=1e-12)}
+    assert same == {name for name in start if ".mlp." in name}
+    with pytest.raises(UserError, match=r"model\.freeze=model\.layer\.\* fits no parameter; near names: model"):
+        train("run.dir=runs/typo", "model.freeze=[model.layer.*]")
+
+
+def test_the_best_is_kept_and_exported_and_training_stops_early(train: Train, workshop: Workshop) -> None:
+    result = train(
+        "evaluate.every=1", "optim.lr=0.5", "optim.schedule=constant", "checkpoint.keep=1", "checkpoint.keep_best=true",
+        "evaluate.early_stopping={patience: 2}", "train.epochs=4",
+    )  # fmt: skip
+    found = result.summary
+    assert found["stopped_early"]
+    assert found["step"] == found["best_step"] + 2 < found["total_steps"]
+    assert result.export is not None
+    assert result.export.name == f"step-{found['best_step']}"
+    kept = sorted(path.name for path in (workshop.folder / "runs/a/checkpoints").glob("iter_*"))
+    assert kept == [f"iter_{found['best_step']:07d}", f"iter_{found['step']:07d}"]
+
+
+def test_a_nonfinite_step_can_be_skipped(train: Train, workshop: Workshop) -> None:
+    found = train("optim.lr=1e30", "optim.clip_norm=null", "train.on_nonfinite=skip", "checkpoint.export=never").summary
+    assert found["step"] == 6
+    lines = [json.loads(line) for line in (workshop.folder / "runs/a/metrics.jsonl").read_text().splitlines()]
+    assert any(line.get("nonfinite_steps") for line in lines)
+    assert json.loads((workshop.folder / "runs/a/nonfinite.json").read_text())
+
+
+def test_exports_at_every_save(train: Train, workshop: Workshop) -> None:
+    train("checkpoint.every=3", "checkpoint.export=save")
+    assert sorted(path.name for path in (workshop.folder / "runs/a/hf").iterdir()) == ["step-3", "step-6"]
+
+
+def test_packing_that_leaks_is_refused_or_left(train: Train, workshop: Workshop) -> None:
+    """A Mamba has no attention to keep documents apart with."""
+    config = {
+        "model_type": "mamba", "architectures": ["MambaForCausalLM"], "vocab_size": 512, "hidden_size": 32,
+        "num_hidden_layers": 2, "state_size": 8, "eos_token_id": 2, "pad_token_id": 0, "bos_token_id": 0,
+    }  # fmt: skip
+    (workshop.folder / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"batch\.packing=require.*set it to auto"):
+        train("batch.packing=require")
+    found = train("optim.lr=2e-2").summary
+    assert found["final_eval_loss"] < found["first_eval_loss"] - 0.3
+
+
+@pytest.mark.parametrize("changes", [{"vocab_size": 300}, {"max_position_embeddings": 20}])
+def test_a_model_that_does_not_fit_is_refused(train: Train, workshop: Workshop, changes: dict[str, Any]) -> None:
+    (workshop.folder / "model" / "config.json").write_text(json.dumps(tiny_config("llama", **changes)))
+    with pytest.raises(UserError, match=r"has ids up to 319|more than the model's max_position_embeddings=20"):
+        train()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(train: Train) -> None:
+    plain = train("run.dir=runs/plain").summary
+    compiled = train("run.dir=runs/compiled", "train.compile=true").summary
+    assert compiled["final_eval_loss"] == pytest.approx(plain["final_eval_loss"], rel=1e-4)
