@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from burnish.config import Recipe, fields
+from burnish.config import Recipe
+from burnish.recipe import fields
 
 PAGE = Path(__file__).with_name("recipes.md")
 START, END = "<!-- keys: written by `make docs` -->", "<!-- end of keys -->"

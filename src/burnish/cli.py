@@ -44,7 +44,7 @@ def build_parser(with_keys: bool = False) -> argparse.ArgumentParser:
 
     epilog = ""
     if with_keys:
-        from burnish.config import help_text
+        from burnish.recipe import help_text
 
         epilog = f"recipe keys, with their types and defaults:\n\n{help_text()}"
     sft = commands.add_parser(
@@ -130,12 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(parsed: argparse.Namespace) -> int:
     if parsed.command == "schema":
-        from burnish.config import json_schema
+        from burnish.recipe import json_schema
 
         print(json.dumps(json_schema(), indent=2))
         return 0
     if parsed.command == "sft":
-        from burnish.config import read_recipe
+        from burnish.recipe import read_recipe
 
         recipe = read_recipe(parsed.recipe, parsed.overrides)
         from burnish.sft import SFT

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from burnish.components import Components
-from burnish.config import dump
 from burnish.data.chat import TextTokenizer
 from burnish.data.feed import Feed, Preparation
 from burnish.data.rows import Rows
@@ -28,6 +27,7 @@ from burnish.observe.report import (
     write_report,
 )
 from burnish.observe.units import count_text, duration_text
+from burnish.recipe import dump
 from burnish.run import Run, RunFolder, write_text
 from burnish.types import Sample
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from burnish.components import Components
-from burnish.config import Recipe, RecipeError, dump, read_recipe, recipe_from_dict
+from burnish.config import Recipe, RecipeError
 from burnish.data.feed import Feed, Preparation
 from burnish.data.pack import pack
 from burnish.data.source import BatchSize, Prefetch, RowsError
@@ -31,6 +31,7 @@ from burnish.observe.environment import versions
 from burnish.observe.metrics import MetricsWriter, StepWindow, Stopwatch, cut
 from burnish.observe.trackers import open_trackers
 from burnish.outcome import result_facts, start_facts, summarise, write_facts, write_run_report
+from burnish.recipe import dump, read_recipe, recipe_from_dict
 from burnish.resume import altering_keys, check_resumable
 from burnish.run import Progress, Run, RunFolder, stop_on_signals
 from burnish.train.checkpoint import checkpoint_folder, latest_checkpoint, load_checkpoint, read_state, recover

@@ -10,7 +10,7 @@ import pytest
 from tiny import tiny_config
 from workshop import Workshop
 
-from burnish.config import recipe_from_dict
+from burnish.recipe import recipe_from_dict
 from burnish.sft import SFT, Result
 from burnish.types import UserError
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from burnish.cli import parse
-from burnish.config import apply_override, parse_yaml, read_recipe, recipe_from_dict
+from burnish.recipe import apply_override, parse_yaml, read_recipe, recipe_from_dict
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -138,7 +138,8 @@ def test_keys_named_in_pages_exist() -> None:
 
 
 def _known_keys() -> Iterator[str]:
-    from burnish.config import Recipe, fields
+    from burnish.config import Recipe
+    from burnish.recipe import fields
 
     for path, _, _ in fields(Recipe):
         yield path

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from burnish.config import Recipe, RecipeError, recipe_from_dict
+from burnish.config import Recipe, RecipeError
 from burnish.data.order import Order
 from burnish.length import RunLength, needs_every_row, run_length
+from burnish.recipe import recipe_from_dict
 
 
 def make_recipe(*overrides: str) -> Recipe:

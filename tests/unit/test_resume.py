@@ -2,7 +2,8 @@
 
 import pytest
 
-from burnish.config import Recipe, RecipeError, fields, recipe_from_dict
+from burnish.config import Recipe, RecipeError
+from burnish.recipe import fields, recipe_from_dict
 from burnish.resume import FREE, altering_keys, check_resumable
 
 

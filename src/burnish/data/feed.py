@@ -120,7 +120,9 @@ class Feed:
         for index, preparation in zip(indices, found, strict=True):
             if not preparation.counts["kept"]:
                 name, dropped = self.corpus.sources[index].name, dict(preparation.counts)
-                raise UserError(f"no row of {name} is left: {dropped}; look at data.bad_rows, data.over_long and limits")
+                raise UserError(
+                    f"no row of {name} is left: {dropped}; look at data.bad_rows, data.over_long and limits"
+                )
         return found
 
     def rows(self, index: int) -> Iterator[Prepared]:

@@ -170,13 +170,13 @@ class StepWindow:
     """The steps since the last line of metrics: `add` each without waiting for the device, `fetch` them as one line.
 
     A line holds, of the steps since the last one:
-    `loss`, the mean weighted by the steps' denominators; `lr`, the last step's; `nonfinite_steps`, a count; every other
-    statistic of the trainer averaged by its weight (`grad_norm`, `accuracy`, `loss/<source>`, ...) and absent where
-    that weight is 0; `samples`, `tokens` (no padding), `trained_tokens`, of both also each source's as
-    `tokens/<source>` and `trained_tokens/<source>`; `truncated` rows; `packing_fill`, the share of the micro-batches' budget that
-    tokens took; `padding_share`, of the slots computed those that held no token; `tokens_per_second` and `mfu`, over
-    the time not spent in save and evaluate; `time/<name>` in seconds; `memory/...` in GiB. `total_samples`,
-    `total_tokens` and `total_trained_tokens` are of the whole run.
+    `loss`, the mean weighted by the steps' denominators; `lr`, the last step's; `nonfinite_steps`, a count; every
+    other statistic of the trainer averaged by its weight (`grad_norm`, `accuracy`, `loss/<source>`, ...) and absent
+    where that weight is 0; `samples`, `tokens` (no padding), `trained_tokens`, of both also each source's as
+    `tokens/<source>` and `trained_tokens/<source>`; `truncated` rows; `packing_fill`, the share of the
+    micro-batches' budget that tokens took; `padding_share`, of the slots computed those that held no token;
+    `tokens_per_second` and `mfu`, over the time not spent in save and evaluate; `time/<name>` in seconds;
+    `memory/...` in GiB. `total_samples`, `total_tokens` and `total_trained_tokens` are of the whole run.
     """
 
     def __init__(

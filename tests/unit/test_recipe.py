@@ -1,0 +1,131 @@
+"""Recipes: what is read, what is refused and in which words, what is shown."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from burnish.config import Recipe, RecipeError
+from burnish.recipe import dump, fields, help_text, json_schema, parse_yaml, read_recipe, recipe_from_dict
+
+BASE: dict[str, Any] = {"model": {"path": "m"}, "data": {"train": [{"path": "a.jsonl"}]}}
+
+
+def fault(*overrides: str, tree: dict[str, Any] | None = None) -> str:
+    with pytest.raises(RecipeError) as caught:
+        recipe_from_dict(BASE if tree is None else tree, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=1", "optim.lrr=1: no such key; did you mean optim.lr?"),
+        ("seed=3", "seed=3: no such key; did you mean run.seed?"),
+        ("data.train.0.promt_key=q", 'data.train.0.promt_key="q": no such key; did you mean data.train.0.prompt_key?'),
+        ("zzz=1", "zzz=1: no such key; the keys here are batch, checkpoint, data"),
+        ("optim.lr=fast", 'optim.lr="fast": must be a valid number'),
+        ("optim.lr=-1", "optim.lr=-1: must be greater than 0"),
+        ("batch.samples=1.5", "batch.samples=1.5: must be a valid integer"),
+        ("batch.samples=true", "batch.samples=true: must be a valid integer"),
+        ("data.shuffle=yes", 'data.shuffle="yes": must be a valid boolean'),
+        ("data.over_long=cut", "data.over_long=\"cut\": must be 'error', 'drop' or 'truncate'"),
+        ("optim.betas=[0.9]", "optim.betas"),
+        ("checkpoint.every=0", "checkpoint.every=0: must be a number of steps (1 or more), a fraction of the run"),
+        ("evaluate.every=weekly", "evaluate.every=\"weekly\": must be a number of steps"),
+        ("data.validation=2", "data.validation=2: as a number it is the fraction"),
+        ("data.train_on={last: 2}", "did you mean data.train_on.last_n?"),
+        ("data.date=tomorrow", "data.date"),
+        ("parallel.tp=2", "parallel.tp=2: this version trains on one process; set parallel.tp to 1"),
+        ("optim.min_lr=1", "optim.min_lr=1 is above the peak optim.lr=1e-05; set it to 1e-05 or less"),
+        ("model.init=config.json", "exactly one of model.path and model.init"),
+        ("checkpoint.keep_best=true", "checkpoint.keep_best needs a held-out loss; set data.validation"),
+        ("batch.samples=null", "batch.samples=null and batch.tokens=null leave no batch size"),
+        ("data.train=[{path: a, streaming: true}]", "set train.steps"),
+        ("data.train=[{path: a, weight: 1}]", "the mixture has no end"),
+        ("data.train=[{path: a, weight: 1}, {path: b}]", "must sum to less than 1"),
+        ("run", "is not of the form a.b=value"),
+        ("data.train.3.path=x", "data.train has 1 items"),
+        ("optim.lr.x=1", None),
+    ],
+)  # fmt: skip
+def test_a_fault_is_told_in_one_message(override: str, message: str | None) -> None:
+    if message is None:
+        assert fault(override)
+    else:
+        assert message in fault(override)
+
+
+def test_precision_must_nest() -> None:
+    assert "precision.master=bf16 is coarser than precision.compute=fp32" in fault(
+        "precision.master=bf16", "precision.compute=fp32"
+    )
+
+
+def test_all_faults_come_in_one_message() -> None:
+    message = fault("optim.lrr=1", "batch.samples=0", "run.device=tpu")
+    assert message.startswith("3 faults in the recipe:\n")
+    assert message.count("\n") == 3
+
+
+def test_missing_and_misplaced_files(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="does not exist"):
+        read_recipe(tmp_path / "none.yaml")
+    file = tmp_path / "list.yaml"
+    file.write_text("- a")
+    with pytest.raises(RecipeError, match="must be a mapping with the keys model, data"):
+        read_recipe(file)
+    file.write_text("model: {path: m}\nmodel: {path: n}")
+    with pytest.raises(RecipeError, match="key 'model' is given twice"):
+        read_recipe(file)
+    file.write_text("model: [")
+    with pytest.raises(RecipeError, match=r"list\.yaml: not valid YAML"):
+        read_recipe(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-5", 1e-5), ("2E3", 2000.0), ("1.0e-5", 1e-5), ("5", 5), ("no", "no"), ("on", "on"), ("0", 0), ("-3", -3),
+     ("2026-01-01", "2026-01-01"), ("010", "010"),
+     ("true", True), ("null", None), ("~", None), ("1_000", 1000), (".5", 0.5), ("1.2.3", "1.2.3"), ("12:30", "12:30")],
+)  # fmt: skip
+def test_yaml_reads_as_recipes_are_written(text: str, value: Any) -> None:
+    assert parse_yaml(text, "here") == value
+
+
+def test_overrides_reach_lists_and_make_sections() -> None:
+    recipe = recipe_from_dict(
+        BASE, ["data.train.0.name=rows", "evaluate.early_stopping={patience: 2}", "data.validation=0.1"]
+    )
+    assert recipe.data.train[0].name == "rows"
+    assert recipe.evaluate.early_stopping is not None
+    assert BASE["data"] == {"train": [{"path": "a.jsonl"}]}, "the tree that came in is left alone"
+    assert recipe_from_dict(BASE, ["data.train=b.jsonl"]).data.train[0].path == "b.jsonl"
+    assert recipe_from_dict(BASE, ["batch.tokens=100"]).batch.size == ("tokens", 100)
+
+
+@pytest.mark.parametrize("name", ["1e5", "12:30", "no", "null", "0x10", "a: b", "ß"])
+def test_a_recipe_is_frozen_and_comes_back_from_its_dump(name: str) -> None:
+    sources = f"data.validation=[{{path: 'v.jsonl@[:5]', slice: 12:30, name: {name!r}}}]"
+    recipe = recipe_from_dict(BASE, ["optim.lr=3e-5", "data.train_on={last_n: 2}", sources])
+    assert recipe_from_dict(parse_yaml(dump(recipe), "dump")) == recipe
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.optim.lr = 1.0  # pyright: ignore
+
+
+def test_every_key_is_documented_in_help_and_schema() -> None:
+    text, schema = help_text(), json_schema()
+    for path, field, _ in fields(Recipe):
+        assert field.description, path
+        assert path.rpartition(".")[2] in text
+    assert schema["$defs"]["OptimConfig"]["properties"]["lr"]["description"] == "Peak learning rate."
+    assert not schema["additionalProperties"]
+
+
+def test_reading_a_recipe_imports_no_torch() -> None:
+    code = "import sys, burnish.cli, burnish.recipe; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
