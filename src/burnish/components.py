@@ -225,7 +225,7 @@ class Components:
 
     def evaluation_layout(self) -> Layout:
         budget = self.recipe.evaluate.tokens_per_micro_batch or self.recipe.batch.tokens_per_micro_batch
-        return Layout(max(budget, self.layout.tokens_per_micro_batch), packed=self.layout.packed)
+        return Layout(budget, packed=self.layout.packed)
 
     def scorer(self) -> Scorer:
         return Scorer(self.loaded.model, self.compute, self.device)

@@ -420,6 +420,12 @@ class Recipe(Section):
             raise ValueError(
                 f"data.train mixes the stream {streams[0].path} with other sources; give every source a weight"
             )
+        evaluated, trained = self.evaluate.tokens_per_micro_batch, self.batch.tokens_per_micro_batch
+        if evaluated is not None and evaluated < trained:
+            raise ValueError(
+                f"evaluate.tokens_per_micro_batch={evaluated} is less than batch.tokens_per_micro_batch={trained}, to "
+                f"which rows may be long; set it to {trained} or more, or null"
+            )
         needs_validation = [
             name
             for name, asked in (

@@ -75,7 +75,16 @@ def test_a_key_changes_what_is_learned(train: Train, override: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["train.recompute=full", "batch.tokens_per_micro_batch=512", "data.workers=1", "run.log_every=4"]
+    "override",
+    [
+        "train.recompute=full",
+        "batch.tokens_per_micro_batch=512",
+        "evaluate.tokens_per_micro_batch=512",
+        "data.workers=1",
+        "run.log_every=4",
+        "train.memory_check=false",
+        "checkpoint.seconds=1e-6",
+    ],
 )
 def test_a_key_changes_nothing_but_rounding(train: Train, override: str) -> None:
     plain = train("run.dir=runs/plain").summary

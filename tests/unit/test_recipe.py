@@ -48,6 +48,7 @@ def fault(*overrides: str, tree: dict[str, Any] | None = None) -> str:
         ("data.train=[{path: a, streaming: true}]", "set train.steps"),
         ("data.train=[{path: a, weight: 1}]", "the mixture has no end"),
         ("data.train=[{path: a, weight: 1}, {path: b}]", "must sum to less than 1"),
+        ("evaluate.tokens_per_micro_batch=9", "is less than batch.tokens_per_micro_batch=16384"),
         ("run", "is not of the form a.b=value"),
         ("data.train.3.path=x", "data.train has 1 items"),
         ("optim.lr.x=1", None),

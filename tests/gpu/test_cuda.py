@@ -1,0 +1,78 @@
+"""Whole runs on a CUDA device: the kernels that a CPU cannot try."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_config
+from workshop import make_rows, write_jsonl
+
+from burnish.recipe import recipe_from_dict
+from burnish.sft import SFT, Result
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch finds none here"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, chatml_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(chatml_tokenizer, tmp_path / "tokenizer")
+    # Heads of 16, the least that flash attention takes.
+    config = tiny_config("qwen3", hidden_size=64, head_dim=16)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_jsonl(tmp_path / "train.jsonl", make_rows(96))
+    write_jsonl(tmp_path / "held.jsonl", make_rows(24, seed=1))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(*overrides: str) -> Result:
+    tree: dict[str, Any] = {
+        "model": {"init": "config.json", "tokenizer": "tokenizer"},
+        "data": {"train": ["train.jsonl"], "validation": ["held.jsonl"], "workers": 1},
+        "batch": {"samples": 8, "tokens_per_micro_batch": 256},
+        "optim": {"lr": 5e-3},
+        "run": {"dir": "runs/a", "trackers": []},
+    }
+    return SFT(recipe_from_dict(tree, overrides)).train()
+
+
+@pytest.mark.usefixtures("folder")
+def test_fp32_learns_as_on_the_cpu() -> None:
+    cpu = train("run.dir=runs/cpu", "run.device=cpu", "precision.compute=fp32").summary
+    cuda = train("run.dir=runs/cuda", "precision.compute=fp32", "train.compile=false").summary
+    assert cuda["first_eval_loss"] == pytest.approx(cpu["first_eval_loss"], rel=1e-5)
+    assert cuda["final_eval_loss"] == pytest.approx(cpu["final_eval_loss"], rel=1e-3)
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    "override",
+    ["train.compile=false", "train.compile=true", "train.recompute=full", "train.recompute=selective",
+     "model.attention=sdpa", "model.implementation=transformers", "precision.states=int8", "precision.states=bf16"],
+)  # fmt: skip
+def test_bf16_learns_with(override: str) -> None:
+    found = train(override).summary
+    assert found["final_eval_loss"] < found["first_eval_loss"] - 1
+
+
+def test_a_stopped_deterministic_run_ends_in_the_same_bits(folder: Path) -> None:
+    common = ("run.deterministic=true", "checkpoint.every=5", "checkpoint.export_dtype=fp32")
+    whole = train("run.dir=runs/whole", *common)
+    train("run.dir=runs/stopped", *common)
+    stopped = folder / "runs/stopped"
+    for file in ("summary.json", "checkpoints/iter_0000012"):
+        path = stopped / file
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (stopped / "checkpoints/latest_checkpointed_iteration.txt").write_text("10")
+    again = train("run.dir=runs/stopped", *common)
+    assert again.summary["final_eval_loss"] == whole.summary["final_eval_loss"]
+    files = [result.export / "model.safetensors" for result in (whole, again) if result.export]
+    assert files[0].read_bytes() == files[1].read_bytes()
