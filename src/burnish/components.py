@@ -135,7 +135,7 @@ class Components:
             date=self.date,
         )
 
-    @property
+    @cached_property
     def tokenizer_facts(self) -> TokenizerFacts:
         tokenizer = self.tokenizer
         return TokenizerFacts(

@@ -56,7 +56,7 @@ class Card:
             f"| samples | {self.samples:,} |",
             f"| tokens | {self.tokens:,}, of which {self.trained_tokens:,} trained |",
             *loss,
-            f"| data | {rows} |",
+            *([f"| data | {rows} |"] if rows else []),
             f"| versions | {versions} |",
             "",
             "## Recipe",

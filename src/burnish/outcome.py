@@ -79,6 +79,13 @@ def write_facts(parts: Components, folder: RunFolder) -> None:
     parts.tokenizer.save_pretrained(str(model))
 
 
+def trained_rows(folder: RunFolder) -> dict[str, int | None]:
+    """The rows of each source that a run trains on, None for a stream; nothing where no run has begun."""
+    file = folder.path / "data.json"
+    facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"train": []}
+    return {source["name"]: source["rows"] for source in facts["train"]}
+
+
 def summarise(
     run: Run,
     counts: Mapping[str, Mapping[str, int]],

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +31,7 @@ from burnish.observe.console import Console, logging_to
 from burnish.observe.environment import versions
 from burnish.observe.metrics import MetricsWriter, StepWindow, Stopwatch, cut
 from burnish.observe.trackers import open_trackers
-from burnish.outcome import result_facts, start_facts, summarise, write_facts, write_run_report
+from burnish.outcome import result_facts, start_facts, summarise, trained_rows, write_facts, write_run_report
 from burnish.recipe import dump, read_recipe, recipe_from_dict
 from burnish.resume import altering_keys, check_resumable
 from burnish.run import Progress, Run, RunFolder, stop_on_signals
@@ -313,7 +314,7 @@ class SFT:
             held_out_loss=progress.best_loss
             if step == progress.best_step
             else progress.last_evaluation.get("eval/loss"),
-            sources={s.name: s.num_rows for s in parts.corpus.train},
+            sources=trained_rows(self.folder),
             recipe=dump(recipe),
             versions=versions(),
         )
@@ -371,7 +372,11 @@ def evaluate_folder(model: str, data: str, overrides: Sequence[str] = ()) -> dic
     """
     is_recipe_key = {override: "." in override.partition("=")[0] for override in overrides}
     keys = [override if dotted else f"data.validation.0.{override}" for override, dotted in is_recipe_key.items()]
-    tree = {"model": {"path": model}, "data": {"validation": [{"path": data}]}, "precision": {"compute": "fp32"}}
+    tree = {
+        "model": {"path": model},
+        "data": {"validation": [{"path": data}], "date": date.today().isoformat()},
+        "precision": {"compute": "fp32"},
+    }
     return SFT(recipe_from_dict(tree, keys)).evaluate()
 
 
@@ -390,7 +395,8 @@ def export_run(run: str, step: int | None = None, out: str | None = None) -> Pat
     recipe = read_recipe(folder.path / "recipe.yaml")
     # Weights come from the checkpoint and the rest from RUN/model, so that what the run began with may be gone.
     model = recipe.model.model_copy(update={"path": None, "init": str(folder.path / "model"), "tokenizer": None})
-    sft = SFT(recipe.model_copy(update={"model": model}))
+    place = recipe.run.model_copy(update={"dir": run})
+    sft = SFT(recipe.model_copy(update={"model": model, "run": place}))
     named = sft.parts.loaded.model.named_parameters()
     state = load_checkpoint(checkpoint, {f"model.{name}": p.detach() for name, p in named}, prefix="model.")
     sft._progress = Progress.from_state(state["progress"])

@@ -28,20 +28,25 @@ def test_what_a_run_leaves_can_be_evaluated_exported_and_asked(workshop: Worksho
     tokenizer = AutoTokenizer.from_pretrained(export)
     assert tokenizer.chat_template
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert "| data | train (96 rows) |" in (export / "README.md").read_text()
     card = (export / "README.md").read_text()
     assert f"| held-out loss | {last['eval/loss']:.4f} |" in card
 
-    workshop.burnish("export", "runs/a", "--step", "6", "--out", "six")
-    workshop.burnish("export", "runs/a", "--out", "twelve")
+    # What the run began with may be gone, and the folder elsewhere.
+    (workshop.folder / "train.jsonl").unlink()
+    (workshop.folder / "model" / "config.json").unlink()
+    (workshop.folder / "runs").rename(workshop.folder / "moved")
+    workshop.burnish("export", "moved/a", "--step", "6", "--out", "six")
+    workshop.burnish("export", "moved/a", "--out", "twelve")
     six, twelve = (AutoModelForCausalLM.from_pretrained(workshop.folder / name) for name in ("six", "twelve"))
     tokens = torch.arange(30)[None]
     assert torch.equal(twelve(tokens).logits, model(tokens).logits)
     assert not torch.allclose(six(tokens).logits, model(tokens).logits, atol=1e-3)
-    assert "there are: iter_0000006, iter_0000012" in workshop.burnish("export", "runs/a", "--step", "7", status=1)
-    assert "is no run folder" in workshop.burnish("export", "model", status=1)
+    assert "there are: iter_0000006, iter_0000012" in workshop.burnish("export", "moved/a", "--step", "7", status=1)
+    assert "is no run folder" in workshop.burnish("export", "tokenizer", status=1)
 
-    workshop.burnish("generate", "runs/a/hf/step-12", "1 and 2", "--max-new-tokens", "4")
-    assert "runs/a/hf/step-12" in workshop.burnish("generate", "runs/a", "hi", status=1)
+    workshop.burnish("generate", "moved/a/hf/step-12", "1 and 2", "--max-new-tokens", "4")
+    assert "moved/a/hf/step-12" in workshop.burnish("generate", "moved/a", "hi", status=1)
 
 
 def test_help_names_every_key(workshop: Workshop) -> None:
