@@ -139,7 +139,7 @@ class SFT:
 
     def export(self, folder: str | Path) -> Path:
         """Write the model as it is now as a Hugging Face folder; returns it."""
-        return self._export(Path(folder), self._progress)
+        return _export(self.parts, self.recipe, self.folder, self._progress, Path(folder))
 
     @contextmanager
     def _opened_folder(self) -> Iterator[Console]:
@@ -247,7 +247,7 @@ class SFT:
             evaluation=recipe.evaluate,
             evaluate=(lambda trainer: evaluate(trainer, held_out, layout)) if held_out else None,
             answer=self._answers if recipe.evaluate.prompts else None,
-            export=lambda step: self._export(folder.export(step), progress),
+            export=lambda step: _export(parts, recipe, folder, progress, folder.export(step)),
             identity=session.identity,
             log_every=recipe.run.log_every,
             stop_on_nonfinite=recipe.train.on_nonfinite == "stop",
@@ -290,7 +290,7 @@ class SFT:
             step = progress.best_step
             session.trainer.load(str(checkpoint_folder(self.folder.checkpoints, step)))
         if checkpoint.export != "never":
-            exported = self._export(self.folder.export(step), progress, step)
+            exported = _export(self.parts, self.recipe, self.folder, progress, self.folder.export(step), step)
         sources = self.parts.corpus.validation
         held_out = {s.name: dict(found.counts) for s, found in zip(sources, session.held_out, strict=True)}
         counts = session.source.state_dict()["counts"]
@@ -301,31 +301,32 @@ class SFT:
         session.console.facts("finished", result_facts(summary, self.folder))
         return Result(summary, self.folder.path, exported)
 
-    def _export(self, folder: Path, progress: Progress, step: int | None = None) -> Path:
-        parts, recipe = self.parts, self.recipe
-        model = parts.loaded.model
-        card = Card(
-            name=recipe.run.name or self.folder.path.name,
-            base_model=recipe.model.path,
-            step=progress.step if step is None else step,
-            samples=progress.totals.samples,
-            tokens=progress.totals.tokens,
-            trained_tokens=progress.totals.trained_tokens,
-            held_out_loss=progress.best_loss
-            if step == progress.best_step
-            else progress.last_evaluation.get("eval/loss"),
-            sources=trained_rows(self.folder),
-            recipe=dump(recipe),
-            versions=versions(),
-        )
-        return write_export(
-            folder,
-            lambda target: model.export(target, DTYPES[recipe.checkpoint.export_dtype]),
-            parts.tokenizer,
-            parts.generation_config,
-            stop_ids(parts.tokenizer_facts, model.config, parts.generation_config),
-            card,
-        )
+
+def _export(
+    parts: Components, recipe: Recipe, run: RunFolder, progress: Progress, target: Path, step: int | None = None
+) -> Path:
+    """Write the weights that `parts` holds now, which are those of `step`, as a Hugging Face folder; returns it."""
+    model = parts.loaded.model
+    card = Card(
+        name=recipe.run.name or run.path.name,
+        base_model=recipe.model.path,
+        step=progress.step if step is None else step,
+        samples=progress.totals.samples,
+        tokens=progress.totals.tokens,
+        trained_tokens=progress.totals.trained_tokens,
+        held_out_loss=progress.best_loss if step == progress.best_step else progress.last_evaluation.get("eval/loss"),
+        sources=trained_rows(run),
+        recipe=dump(recipe),
+        versions=versions(),
+    )
+    return write_export(
+        target,
+        lambda folder: model.export(folder, DTYPES[recipe.checkpoint.export_dtype]),
+        parts.tokenizer,
+        parts.generation_config,
+        stop_ids(parts.tokenizer_facts, model.config, parts.generation_config),
+        card,
+    )
 
 
 def _as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path, model: Any) -> Recipe:
@@ -395,9 +396,8 @@ def export_run(run: str, step: int | None = None, out: str | None = None) -> Pat
     recipe = read_recipe(folder.path / "recipe.yaml")
     # Weights come from the checkpoint and the rest from RUN/model, so that what the run began with may be gone.
     model = recipe.model.model_copy(update={"path": None, "init": str(folder.path / "model"), "tokenizer": None})
-    place = recipe.run.model_copy(update={"dir": run})
-    sft = SFT(recipe.model_copy(update={"model": model, "run": place}))
-    named = sft.parts.loaded.model.named_parameters()
+    parts = Components(recipe.model_copy(update={"model": model}), folder.path)
+    named = parts.loaded.model.named_parameters()
     state = load_checkpoint(checkpoint, {f"model.{name}": p.detach() for name, p in named}, prefix="model.")
-    sft._progress = Progress.from_state(state["progress"])
-    return sft.export(out or folder.export(sft._progress.step))
+    progress = Progress.from_state(state["progress"])
+    return _export(parts, recipe, folder, progress, Path(out) if out else folder.export(progress.step))
