@@ -31,6 +31,8 @@ class CausalLM(nn.Module):
     """The model's config.json."""
     aliases: Mapping[str, str] = {}
     """Names under which a checkpoint may hold a parameter a second time: tied weights."""
+    row_reason: str | None = None
+    """Why documents run one a row; None where they run packed."""
 
     def forward(
         self, tokens_T: Tensor, positions_T: Tensor, documents: Documents, noise_TD: Tensor | None = None
@@ -45,6 +47,10 @@ class CausalLM(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks in order: the units of recompute, compile and sharding."""
         raise NotImplementedError
+
+    def run_rows(self, reason: str) -> None:
+        """From now on run one document a row. Raises UserError where there is no other way than packed."""
+        raise UserError(f"{reason}; this model has no other way to run; set model.implementation=transformers")
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write config.json and safetensors in `dtype` into an existing folder, as `transformers` reads them."""

@@ -58,8 +58,6 @@ class HFModel(CausalLM):
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
         text = inner.config.get_text_config()
         self.config = inner.config.to_dict() | {name: getattr(text, name) for name in sizes if hasattr(text, name)}
-        self.row_reason: str | None = None
-        """Why documents run one a row; None where they run packed."""
         self.attention = attention.name
         """The attention that runs, in words."""
         self.eval()

@@ -306,6 +306,13 @@ def test_noise_is_added_to_the_embeddings():
     assert torch.equal(noisy, model(torch.arange(9), positions_T, documents))
 
 
+def test_documents_run_packed_or_not_at_all():
+    model = build(tiny_config("llama"))
+    assert model.row_reason is None
+    with pytest.raises(UserError, match=r"they leak.*model\.implementation=transformers"):
+        model.run_rows("they leak")
+
+
 def test_a_compiled_block_is_compiled_once_for_all_packs():
     torch._dynamo.reset()
     model = build(tiny_config("qwen3"))
