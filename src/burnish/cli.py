@@ -110,7 +110,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 1 failed, 2 unusable arguments or recipe, 130/143 interrupted."""
+    """Run a command; returns the exit status: 0 done, 1 failed, 2 unusable arguments or recipe, 130/143
+    interrupted, 141 when whoever read the output went away."""
     parsed = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(parsed)
@@ -125,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Whoever read our output (head, less) has seen enough; keep the interpreter from complaining at exit.
         sys.stdout = None
-        return 0
+        return 141
 
 
 def _run(parsed: argparse.Namespace) -> int:

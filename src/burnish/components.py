@@ -9,6 +9,8 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -25,7 +27,6 @@ from burnish.data.pack import Layout
 from burnish.data.prepare import Preparer, SourceRows
 from burnish.data.rows import Rows
 from burnish.model.base import model_shape
-from burnish.model.hf_model import HFModel
 from burnish.model.probe import leak_tolerance, probe_isolation
 from burnish.model.vocabulary import TokenizerFacts, check_vocabulary, stop_ids
 from burnish.model.zoo import Loaded, adopt_model, load_model
@@ -178,7 +179,7 @@ class Components:
 
     def feed(self, store: Path | None, store_train: bool = False) -> Feed:
         data = self.recipe.data
-        workers = max(1, min(8, (os.cpu_count() or 1) - 1)) if data.workers == "auto" else data.workers
+        workers = max(1, min(8, _num_cores() - 1)) if data.workers == "auto" else data.workers
         policies = {"bad": data.bad_rows, "over_long": data.over_long}
         stop_on = frozenset(kind for kind, policy in policies.items() if policy == "error")
         return Feed(self.corpus, self._preparer(), workers, stop_on, store, store_train)
@@ -195,22 +196,10 @@ class Components:
     @cached_property
     def layout(self) -> Layout:
         """Packed where the probe proves that documents cannot see each other, else one document a row."""
-        budget, packing = self.recipe.batch.tokens_per_micro_batch, self.recipe.batch.packing
-        model = self.loaded.model
+        budget, packing, model = self.recipe.batch.tokens_per_micro_batch, self.recipe.batch.packing, self.loaded.model
         if packing == "off":
-            reason = "batch.packing=off"
-        elif isinstance(model, HFModel) and model.row_reason is not None:
-            reason = model.row_reason
-        else:
-            with cast_parameters(model, self.compute):
-                probe = probe_isolation(
-                    model,
-                    vocab_size=self.num_embeddings,
-                    device=self.device,
-                    leak_tolerance=leak_tolerance(model.config),
-                    restart_tolerance=5e-2 if self.compute == torch.bfloat16 else 1e-3,
-                )
-            reason = probe.reason
+            return Layout(budget, kind="single" if model.row_reason is None else "rows")
+        reason = model.row_reason or self._leak()
         if reason is None:
             return Layout(budget)
         if packing == "require":
@@ -219,13 +208,24 @@ class Components:
                 "model.attention or model.implementation"
             )
         LOG.warning("training one document a row, not packed: %s", reason)
-        if isinstance(model, HFModel):
-            model.run_rows(reason)
-        return Layout(budget, packed=False)
+        model.run_rows(reason)
+        return Layout(budget, kind="rows")
+
+    def _leak(self) -> str | None:
+        """How documents of a pack see each other in the real model; None where they do not."""
+        model = self.loaded.model
+        with cast_parameters(model, self.compute):
+            return probe_isolation(
+                model,
+                vocab_size=self.num_embeddings,
+                device=self.device,
+                leak_tolerance=leak_tolerance(model.config),
+                restart_tolerance=5e-2 if self.compute == torch.bfloat16 else 1e-3,
+            ).reason
 
     def evaluation_layout(self) -> Layout:
         budget = self.recipe.evaluate.tokens_per_micro_batch or self.recipe.batch.tokens_per_micro_batch
-        return Layout(budget, packed=self.layout.packed)
+        return Layout(budget, kind=self.layout.kind)
 
     def scorer(self) -> Scorer:
         return Scorer(self.loaded.model, self.compute, self.device)
@@ -240,6 +240,7 @@ class Components:
             states=recipe.precision.states,
             seed=recipe.run.seed,
             neftune_alpha=recipe.train.neftune_alpha,
+            reduce=DTYPES[recipe.precision.reduce],
             clock=clock,
         )
 
@@ -264,11 +265,18 @@ class Components:
             },
         }
 
-    def set_determinism(self) -> None:
+    @contextmanager
+    def determinism(self) -> Iterator[None]:
+        """Within, torch takes deterministic kernels alone, where the recipe asks for that."""
+        before = torch.are_deterministic_algorithms_enabled()
         if self.recipe.run.deterministic:
             # cuBLAS is deterministic only with a fixed workspace, set before its first use.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
 
 
 def _load_tokenizer(model: ModelConfig, folder: Path) -> Any:
@@ -283,6 +291,11 @@ def _load_tokenizer(model: ModelConfig, folder: Path) -> Any:
             f"no tokenizer could be loaded from {place}; set model.tokenizer to a folder with a tokenizer.json or a "
             f"hub id ({str(error).splitlines()[0]})"
         ) from None
+
+
+def _num_cores() -> int:
+    """The cores this process may use, which in a container are fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _digest(value: Any) -> str:

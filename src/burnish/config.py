@@ -31,11 +31,16 @@ def _every(value: Any) -> Any:
     raise ValueError("must be a number of steps (1 or more), a fraction of the run between 0 and 1, `epoch` or null")
 
 
-Every = Annotated[int | float | Literal["epoch"] | None, BeforeValidator(_every)]
-"""A cadence: steps, a fraction of the run, `epoch` or null for never."""
-
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+# Where a validator takes more than the field holds, or less, it tells the JSON schema what a recipe may write.
+Every = Annotated[
+    int | float | Literal["epoch"] | None,
+    BeforeValidator(_every, json_schema_input_type=Positive | Fraction | Literal["epoch"] | None),
+]
+"""A cadence: steps, a fraction of the run, `epoch` or null for never."""
 
 
 class ModelConfig(Section):
@@ -124,8 +129,11 @@ def _validation(value: Any) -> Any:
     return _sources(value)
 
 
+_WrittenSources = str | SourceConfig | list[str | SourceConfig]
+
 SourceEntry = Annotated[SourceConfig, BeforeValidator(_source)]
-Sources = Annotated[tuple[SourceEntry, ...], BeforeValidator(_sources)]
+Sources = Annotated[tuple[SourceEntry, ...], BeforeValidator(_sources, json_schema_input_type=_WrittenSources)]
+HeldOut = Annotated[float | Sources, BeforeValidator(_validation, json_schema_input_type=Fraction | _WrittenSources)]
 
 
 class LastTurns(Section):
@@ -144,7 +152,7 @@ TrainOn = Literal["assistant", "last", "all"] | LastTurns | Roles
 class DataConfig(Section):
     train: Sources = ()
     """Training sources; a bare path stands for {path: ...}."""
-    validation: Annotated[float | Sources, BeforeValidator(_validation)] = ()
+    validation: HeldOut = ()
     """Held-out sources, or the fraction of training rows to hold out."""
     max_length: Positive | None = None
     """Longest row, tokens; null leaves the model's maximum and the micro-batch budget."""
@@ -255,6 +263,10 @@ class PrecisionConfig(Section):
             raise ValueError(
                 f"precision.master={self.master} is coarser than precision.compute={self.compute}; "
                 f"set precision.master to {self.compute} or precision.compute to {self.master}"
+            )
+        if self.reduce == "fp64" and self.master != "fp64":
+            raise ValueError(
+                f"precision.reduce=fp64 needs precision.master=fp64, and it is {self.master}; set both to fp64"
             )
         return self
 

@@ -9,7 +9,7 @@ from burnish.data.pack import Layout, pack
 from burnish.train.trainer import merge
 from burnish.types import Evaluator, Sample, Stats
 
-CHUNK = 512
+CHUNK = 2048
 """Rows packed together; it bounds memory, and packs are the fuller the larger it is."""
 
 

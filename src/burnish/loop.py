@@ -12,7 +12,8 @@ def fit(trainer: Trainer, source: Source, run: Run) -> None:
     for step in run.steps():
         with run.clock("data_wait"):
             samples = source.next()  # SFT: the next rows. RL: fresh rollouts.
-        inputs = pack(samples, run.layout, run.normalization)
+        with run.clock("pack"):
+            inputs = pack(samples, run.layout, run.normalization)
         stats = trainer.step(inputs)
         source.update(trainer)  # SFT: nothing. RL: publish the new weights.
         run.log(step, stats, inputs)

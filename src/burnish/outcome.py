@@ -33,6 +33,7 @@ from burnish.types import Sample
 
 PICTURED_ROWS = 2_000
 """Rows of a source from whose lengths the report draws its distribution."""
+KINDS = {"packed": "packed", "rows": "one document a row", "single": "one document a micro-batch"}
 SHOWN_SAMPLES = 3
 """Rendered samples of each source in the report."""
 
@@ -51,7 +52,7 @@ def start_facts(parts: Components, length: RunLength) -> list[tuple[str, str]]:
     )
     facts = [
         ("model", f"{loaded.facts['architecture']}, {parameters} parameters, {loaded.facts['implementation']}"),
-        ("attention", f"{loaded.attention}, {'packed' if parts.layout.packed else 'one document a row'}"),
+        ("attention", f"{loaded.attention}, {KINDS[parts.layout.kind]}"),
         ("data", rows),
         ("held out", ", ".join(f"{s.name} ({s.num_rows:,} rows)" for s in parts.corpus.validation) or "none"),
         ("length", f"{length.total_steps:,} steps of {size:,} {unit}, micro-batches of {budget:,} tokens"),

@@ -122,7 +122,11 @@ class Progress:
 
 @dataclass
 class Run:
-    """One run's cadences and records. `evaluate` and `answer` take no state of ours; `identity` is saved with it."""
+    """One run's cadences and records.
+
+    `held_out_loss` measures what `evaluate.evaluate` returns, `answers` are (prompt, answer) pairs, `export` writes the
+    current weights for a step, and `identity` is what a later resume is compared with.
+    """
 
     folder: RunFolder
     total_steps: int
@@ -133,10 +137,10 @@ class Run:
     metrics: MetricsWriter
     trackers: Sequence[Tracker]
     watcher: Watcher
-    checkpoint: CheckpointConfig
-    evaluation: EvaluateConfig
-    evaluate: Callable[[Trainer], dict[str, float]] | None
-    answer: Callable[[], Sequence[tuple[str, str]]] | None
+    save_config: CheckpointConfig
+    evaluate_config: EvaluateConfig
+    held_out_loss: Callable[[Trainer], dict[str, float]] | None
+    answers: Callable[[], Sequence[tuple[str, str]]] | None
     export: Callable[[int], Path]
     identity: dict[str, Any]
     epoch_ends: frozenset[int] = frozenset()
@@ -147,8 +151,11 @@ class Run:
     stopped_early: bool = False
     saved_step: int | None = None
     _unlogged: list[tuple[int, Any, list[str]]] = field(default_factory=list)
-    _dropped: int = 0
     _last_save: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._evaluate_cadence = Cadence(self.evaluate_config.every, self.total_steps, self.epoch_ends)
+        self._save_cadence = Cadence(self.save_config.every, self.total_steps, self.epoch_ends)
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps still to take, until the end, a signal or early stopping."""
@@ -199,8 +206,7 @@ class Run:
 
     def maybe_evaluate(self, step: int, trainer: Trainer) -> None:
         """Evaluate when the cadence says so, and at the end."""
-        cadence = Cadence(self.evaluation.every, self.total_steps, self.epoch_ends)
-        if cadence.due(step) or step == self.total_steps:
+        if self._evaluate_cadence.due(step) or step == self.total_steps:
             self.evaluate_now(trainer)
 
     def evaluate_now(self, trainer: Trainer) -> None:
@@ -208,19 +214,19 @@ class Run:
         step = self.progress.step
         self._flush()
         with self.clock("evaluate"):
-            if self.evaluate is not None:
-                line = {"step": step, **self.evaluate(trainer)}
+            if self.held_out_loss is not None:
+                line = {"step": step, **self.held_out_loss(trainer)}
                 self._write(line)
                 self.watcher.evaluation(line)
                 self._judge(line)
-            if self.answer is not None:
+            if self.answers is not None:
                 with self.folder.answers.open("a", encoding="utf-8") as file:
-                    for prompt, answer in self.answer():
+                    for prompt, answer in self.answers():
                         row = {"step": step, "prompt": prompt, "answer": answer}
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def _judge(self, line: Line) -> None:
-        progress, stopping = self.progress, self.evaluation.early_stopping
+        progress, stopping = self.progress, self.evaluate_config.early_stopping
         progress.last_evaluation = line
         margin = stopping.min_delta if stopping else 0.0
         if progress.best_loss is None or line["eval/loss"] < progress.best_loss - margin:
@@ -236,11 +242,11 @@ class Run:
 
     def maybe_save(self, step: int, trainer: Trainer, source: Source) -> None:
         """Save when the cadence or the clock says so, at a new best where that is kept, and at the end."""
-        config = self.checkpoint
+        config = self.save_config
         late = config.seconds is not None and time.monotonic() - self._last_save >= config.seconds
         best = config.keep_best and self.progress.best_step == step
         last = step == self.total_steps or self.stopped_early
-        if Cadence(config.every, self.total_steps, self.epoch_ends).due(step) or late or best or last:
+        if self._save_cadence.due(step) or late or best or last:
             self.save(trainer, source)
 
     def save(self, trainer: Trainer, source: Source) -> None:
@@ -256,10 +262,10 @@ class Run:
             best = self.progress.best_step
             retain(
                 self.folder.checkpoints,
-                self.checkpoint.keep,
-                {best} if self.checkpoint.keep_best and best is not None else set(),
+                self.save_config.keep,
+                {best} if self.save_config.keep_best and best is not None else set(),
             )
-            if self.checkpoint.export == "save":
+            if self.save_config.export == "save":
                 self.export(step)
 
 

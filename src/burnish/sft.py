@@ -23,7 +23,6 @@ from burnish.data.pack import pack
 from burnish.data.source import BatchSize, Prefetch, RowsError
 from burnish.evaluate import evaluate
 from burnish.export import Card, write_export
-from burnish.generate import generate
 from burnish.length import RunLength, needs_every_row, run_length
 from burnish.loop import fit
 from burnish.model.vocabulary import stop_ids
@@ -124,7 +123,8 @@ class SFT:
     def dry_run(self) -> RunLength:
         """Everything but training: open, check, prepare where that comes first, load, probe, rehearse."""
         with self._opened_folder() as console, ExitStack() as stack:
-            length = self._session(console, stack, _checkpoint_to_resume(self.folder, "auto")).length
+            checkpoint = _checkpoint_to_resume(self.folder, self.recipe.checkpoint.resume)
+            length = self._session(console, stack, checkpoint).length
             console.notice("dry run: all checks passed, nothing was trained")
             return length
 
@@ -163,7 +163,7 @@ class SFT:
     def _session(self, console: Console, stack: ExitStack, checkpoint: Path | None) -> Session:
         """Everything a run needs, checked and loaded; worker processes and files end with `stack`."""
         recipe, parts, folder = self.recipe, self.parts, self.folder
-        parts.set_determinism()
+        stack.enter_context(parts.determinism())
         if not parts.corpus.train:
             raise RecipeError("data.train is empty; name at least one source, such as [{path: rows.jsonl}]")
         identity = parts.identity()
@@ -223,6 +223,7 @@ class SFT:
         recipe, parts, folder = self.recipe, self.parts, self.folder
         progress = self._progress = session.progress or Progress()
         resumed_step = None if session.progress is None else progress.step
+        folder.summary.unlink(missing_ok=True)  # of an earlier end, beyond which this run goes
         for file in (folder.metrics, folder.answers):
             cut(file, -1 if resumed_step is None else resumed_step)
         metrics = MetricsWriter(folder.metrics)
@@ -243,10 +244,10 @@ class SFT:
             metrics=metrics,
             trackers=trackers,
             watcher=session.console,
-            checkpoint=recipe.checkpoint,
-            evaluation=recipe.evaluate,
-            evaluate=(lambda trainer: evaluate(trainer, held_out, layout)) if held_out else None,
-            answer=self._answers if recipe.evaluate.prompts else None,
+            save_config=recipe.checkpoint,
+            evaluate_config=recipe.evaluate,
+            held_out_loss=(lambda trainer: evaluate(trainer, held_out, layout)) if held_out else None,
+            answers=self._answers if recipe.evaluate.prompts else None,
             export=lambda step: _export(parts, recipe, folder, progress, folder.export(step)),
             identity=session.identity,
             log_every=recipe.run.log_every,
@@ -256,6 +257,8 @@ class SFT:
         )
 
     def _answers(self) -> Sequence[tuple[str, str]]:
+        from burnish.generate import generate  # the modelling code of transformers takes seconds to import
+
         prompts, longest = self.recipe.evaluate.prompts, self.recipe.evaluate.max_new_tokens
         answers = generate(self.parts.loaded.model, self.parts.tokenizer, prompts, max_new_tokens=longest)
         return list(zip(prompts, answers, strict=True))
@@ -285,12 +288,11 @@ class SFT:
     def _finish(self, session: Session, run: Run, first_step: int, seconds: float) -> Result:
         """Export, summary and report of a run that came to its end."""
         checkpoint, progress, exported = self.recipe.checkpoint, run.progress, None
-        step = progress.step
-        if checkpoint.keep_best and progress.best_step is not None and progress.best_step != step:
-            step = progress.best_step
-            session.trainer.load(str(checkpoint_folder(self.folder.checkpoints, step)))
+        if checkpoint.keep_best and progress.best_step not in (None, progress.step):
+            best = checkpoint_folder(self.folder.checkpoints, progress.best_step)
+            progress = self._progress = Progress.from_state(session.trainer.load(str(best))["progress"])
         if checkpoint.export != "never":
-            exported = _export(self.parts, self.recipe, self.folder, progress, self.folder.export(step), step)
+            exported = _export(self.parts, self.recipe, self.folder, progress, self.folder.export(progress.step))
         sources = self.parts.corpus.validation
         held_out = {s.name: dict(found.counts) for s, found in zip(sources, session.held_out, strict=True)}
         counts = session.source.state_dict()["counts"]
@@ -302,19 +304,17 @@ class SFT:
         return Result(summary, self.folder.path, exported)
 
 
-def _export(
-    parts: Components, recipe: Recipe, run: RunFolder, progress: Progress, target: Path, step: int | None = None
-) -> Path:
-    """Write the weights that `parts` holds now, which are those of `step`, as a Hugging Face folder; returns it."""
-    model = parts.loaded.model
+def _export(parts: Components, recipe: Recipe, run: RunFolder, progress: Progress, target: Path) -> Path:
+    """Write the weights that `parts` holds now, which are those of `progress`, as a Hugging Face folder; returns it."""
+    model, last = parts.loaded.model, progress.last_evaluation
     card = Card(
         name=recipe.run.name or run.path.name,
         base_model=recipe.model.path,
-        step=progress.step if step is None else step,
+        step=progress.step,
         samples=progress.totals.samples,
         tokens=progress.totals.tokens,
         trained_tokens=progress.totals.trained_tokens,
-        held_out_loss=progress.best_loss if step == progress.best_step else progress.last_evaluation.get("eval/loss"),
+        held_out_loss=last.get("eval/loss") if last.get("step") == progress.step else None,
         sources=trained_rows(run),
         recipe=dump(recipe),
         versions=versions(),
@@ -396,7 +396,8 @@ def export_run(run: str, step: int | None = None, out: str | None = None) -> Pat
     recipe = read_recipe(folder.path / "recipe.yaml")
     # Weights come from the checkpoint and the rest from RUN/model, so that what the run began with may be gone.
     model = recipe.model.model_copy(update={"path": None, "init": str(folder.path / "model"), "tokenizer": None})
-    parts = Components(recipe.model_copy(update={"model": model}), folder.path)
+    data = recipe.data.model_copy(update={"chat_template": None})  # RUN/model has it already
+    parts = Components(recipe.model_copy(update={"model": model, "data": data}), folder.path)
     named = parts.loaded.model.named_parameters()
     state = load_checkpoint(checkpoint, {f"model.{name}": p.detach() for name, p in named}, prefix="model.")
     progress = Progress.from_state(state["progress"])

@@ -38,7 +38,7 @@ class ToolCall:
 class Message:
     """One normalised message.
 
-    `role` is system, user, assistant, tool or a role that the model's own template knows (developer, ...).
+    `role` is system, developer, user, assistant or tool.
     `weight` is None where the row is silent, so that `data.train_on` decides.
     `extra` keeps the row's other keys, which templates may read.
     """
@@ -164,10 +164,16 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`; host facts are shared."""
-        documents = Documents(self.documents.cu_seqlens.to(device, non_blocking=True), self.documents.lengths)
         names = ("tokens_T", "positions_T", "trained_K", "targets_K", "weights_K", "raw_weights_K", "sources_K")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        moved = {name: _moved(getattr(self, name), device) for name in names}
+        documents = Documents(_moved(self.documents.cu_seqlens, device), self.documents.lengths)
         return Batch(**moved, documents=documents, sources=self.sources, samples=self.samples)
+
+
+def _moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    # From pageable memory a copy to CUDA waits for the stream; from pinned memory it does not.
+    on_cuda = str(device).startswith("cuda")
+    return tensor.pin_memory().to(device, non_blocking=True) if on_cuda else tensor.to(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +222,7 @@ class Source(Protocol):
     """Where samples come from: rows of a file (SFT), rollouts of an engine (RL), a user's own function."""
 
     def next(self) -> list[Sample]:
-        """The samples of the next optimizer step. Raises StopIteration when there are no more."""
+        """The samples of the next optimizer step; it never runs out, the run decides how many steps there are."""
         ...
 
     def update(self, trainer: Trainer) -> None:

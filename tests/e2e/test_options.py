@@ -146,6 +146,30 @@ def test_packing_that_leaks_is_refused_or_left(train: Train, workshop: Workshop)
     assert found["final_eval_loss"] < found["first_eval_loss"] - 0.3
 
 
+def test_a_native_model_that_leaks_is_refused(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    from burnish.model import attention
+
+    def leaking(q: Any, k: Any, v: Any, documents: Any, *arguments: Any, **options: Any) -> Any:
+        one = type(documents)(documents.cu_seqlens[[0, -1]], (sum(documents.lengths),))
+        return attention.attend_sdpa(q, k, v, one, *arguments, **options)
+
+    choice = attention.Attention("leaking", leaking)
+    monkeypatch.setattr("burnish.model.zoo.choose_attention", lambda *arguments: choice)
+    with pytest.raises(UserError, match=r"hidden states change by .*; this model has no other way to run"):
+        train()
+
+
+def test_a_run_taken_further_is_not_finished_by_its_old_summary(train: Train) -> None:
+    assert train().summary["total_steps"] == 6
+    further = ("train.epochs=2", "checkpoint.allow_changes=true", "checkpoint.every=1")
+    interrupted = pytest.MonkeyPatch()
+    interrupted.setattr("burnish.sft.fit", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(*further)
+    interrupted.undo()
+    assert train(*further).summary["step"] == 12
+
+
 @pytest.mark.parametrize("changes", [{"vocab_size": 300}, {"max_position_embeddings": 20}])
 def test_a_model_that_does_not_fit_is_refused(train: Train, workshop: Workshop, changes: dict[str, Any]) -> None:
     (workshop.folder / "model" / "config.json").write_text(json.dumps(tiny_config("llama", **changes)))

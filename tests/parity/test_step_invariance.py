@@ -48,7 +48,7 @@ def worst(found: dict, expected: dict) -> float:
     return max(float((found[n] - expected[n]).norm() / expected[n].norm()) for n in expected)
 
 
-CUTS = [Layout(59), Layout(64), Layout(100), Layout(177), Layout(128, packed=False)]
+CUTS = [Layout(59), Layout(64), Layout(100), Layout(177), Layout(128, kind="rows"), Layout(128, kind="single")]
 
 
 @pytest.mark.parametrize("normalization", ["token", "sample"])

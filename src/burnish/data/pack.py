@@ -16,14 +16,15 @@ from burnish.types import Batch, Documents, Sample, StepInput, UserError
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is cut: over how many data ranks, into packs of how many tokens, packed or one document a row.
+    """How a step is cut: over how many data ranks, into micro-batches of at most how many tokens, and of what kind.
 
-    In rows, every document is padded to the longest of its micro-batch, and rows times that length keep the budget.
+    packed: documents back to back. rows: one document a row, padded to the longest of its micro-batch, and rows times
+    that length keep the budget. single: one document a micro-batch.
     """
 
     tokens_per_micro_batch: int
     data_ranks: int = 1
-    packed: bool = True
+    kind: Literal["packed", "rows", "single"] = "packed"
 
 
 def pack(samples: Sequence[Sample], layout: Layout, normalization: Literal["token", "sample"] = "token") -> StepInput:
@@ -52,10 +53,10 @@ def pack(samples: Sequence[Sample], layout: Layout, normalization: Literal["toke
     scales = np.ones(len(samples)) if normalization == "token" else 1.0 / np.where(sums > 0, sums, 1.0)
     names = tuple(dict.fromkeys(s.source for s in samples))
     lengths = [len(s.tokens) for s in samples]
-    bins = (first_fit if layout.packed else rows_by_length)(lengths, budget)
+    bins = {"packed": first_fit, "rows": rows_by_length, "single": one_each}[layout.kind](lengths, budget)
     ranks = _deal(bins, lengths, layout.data_ranks)
     batches = [[_batch([samples[i] for i in b], scales[b], names) for b in rank] for rank in ranks]
-    widths = [max(lengths[i] for i in b) * len(b) if not layout.packed else sum(lengths[i] for i in b) for b in bins]
+    num_slots = sum(max(lengths[i] for i in b) * len(b) for b in bins) if layout.kind == "rows" else sum(lengths)
     return StepInput(
         batches=batches,
         denominator=denominator,
@@ -63,7 +64,7 @@ def pack(samples: Sequence[Sample], layout: Layout, normalization: Literal["toke
         num_tokens=sum(lengths),
         num_trained_tokens=sum(s.num_trained for s in samples),
         capacity=budget * len(bins),
-        num_padding=sum(widths) - sum(lengths),
+        num_padding=num_slots - sum(lengths),
     )
 
 
@@ -94,16 +95,25 @@ def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return [sorted(b) for b in bins if b]
 
 
+ROW_FILL = 0.8
+"""Least length of a row in a padded micro-batch, as a share of the longest: it bounds what padding costs."""
+
+
 def rows_by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Bins of indices of alike lengths in which rows times the longest length is at most `budget`."""
     bins: list[list[int]] = []
     width = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not bins or width * (len(bins[-1]) + 1) > budget:
+        if not bins or width * (len(bins[-1]) + 1) > budget or lengths[i] < ROW_FILL * width:
             bins.append([])
             width = lengths[i]
         bins[-1].append(i)
     return bins
+
+
+def one_each(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """A bin for each index."""
+    return [[i] for i in range(len(lengths))]
 
 
 def _deal(bins: list[list[int]], lengths: Sequence[int], num_ranks: int) -> list[list[list[int]]]:

@@ -34,7 +34,7 @@ class CrossEntropy:
 
 def token_stats(scores: TokenScores, batch: Batch) -> Stats:
     """What is reported of every sweep: accuracy and entropy over trained tokens, and nll (weighted) for each source."""
-    num_trained = torch.tensor(float(len(batch.targets_K)))
+    num_trained = float(len(batch.targets_K))
     raw_K = batch.raw_weights_K.to(scores.logprobs_K.dtype)
     nll_K = -scores.logprobs_K.detach() * raw_K
     zeros = torch.zeros(len(batch.sources), dtype=nll_K.dtype, device=nll_K.device)

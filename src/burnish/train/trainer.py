@@ -69,7 +69,8 @@ class Scorer:
 class LocalTrainer:
     """Trains the model of `scorer`, whose parameters are of the master type and on its device.
 
-    `clock` times forward_backward and optimizer; `neftune_alpha` adds noise drawn from (seed, step, sample).
+    Gradients are added up in `reduce` or the master type, whichever is wider. `clock` times forward_backward and
+    optimizer; `neftune_alpha` adds noise drawn from (seed, step, sample).
     """
 
     scorer: Scorer
@@ -79,17 +80,16 @@ class LocalTrainer:
     states: States = "fp32"
     seed: int = 42
     neftune_alpha: float | None = None
+    reduce: torch.dtype = torch.float32
     clock: Clock = lambda name: nullcontext()
     num_steps: int = 0
 
     def __post_init__(self) -> None:
         self.model, self.device = self.scorer.model, self.scorer.device
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        if not self.parameters:
-            raise UserError("model.freeze freezes every parameter; leave at least one to train")
         for parameter in self.parameters.values():
             # Gradients of bf16 masters are added up in more than bf16's eight bits.
-            parameter.grad_dtype = torch.promote_types(parameter.dtype, torch.float32)
+            parameter.grad_dtype = torch.promote_types(parameter.dtype, self.reduce)
         self.optimizer = build_optimizer(self.parameters, self.optim, self.states, self.seed)
 
     def step(self, inputs: StepInput) -> Stats:
@@ -104,11 +104,10 @@ class LocalTrainer:
             rate = learning_rate(self.optim, step, self.total_steps)
             self.optimizer.step(rate, finite)
         self.num_steps = step
-        one = torch.ones(())
         return stats | {
-            "grad_norm": Weighted(grad_norm.detach(), one),
+            "grad_norm": Weighted(grad_norm.detach(), 1.0),
             "lr": Weighted(rate, 1.0),
-            "nonfinite_steps": Weighted((~finite).float(), one),
+            "nonfinite_steps": Weighted((~finite).float(), 1.0),
         }
 
     def accumulate(self, inputs: StepInput, step: int) -> Stats:
@@ -214,6 +213,7 @@ SAVED_BY_SELECTIVE = (
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 )

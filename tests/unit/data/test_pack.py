@@ -63,3 +63,13 @@ def test_ranks_share_the_packs_evenly() -> None:
     inputs = pack(samples, Layout(8, data_ranks=2))
     assert sorted(s.index for rank in inputs.batches for b in rank for s in b.samples) == list(range(8))
     assert max(map(len, inputs.batches)) - min(map(len, inputs.batches)) <= 1
+
+
+def test_rows_count_their_padding_and_single_documents_have_none() -> None:
+    samples = [make_sample(n, i) for i, n in enumerate([10, 9, 8, 3])]
+    rows = pack(samples, Layout(40, kind="rows"))
+    assert [[len(s.tokens) for s in b.samples] for b in rows.batches[0]] == [[10, 9, 8], [3]]
+    assert (rows.num_padding, rows.capacity) == (3, 80)
+    single = pack(samples, Layout(40, kind="single"))
+    assert [len(b.samples) for b in single.batches[0]] == [1, 1, 1, 1]
+    assert single.num_padding == 0

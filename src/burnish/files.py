@@ -1,0 +1,32 @@
+"""Files that are whole or not there: a kill or a full disk leaves what was before, never a part of what was to come.
+
+Folders that are whole belong to those who write them: train/checkpoint.py and model/hf_io.py.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Write a file, text as UTF-8, in place of one that is there. On return it is on the disk.
+
+    It is written to a hidden file beside it, which a death may leave and the next write takes over.
+    """
+    hidden = path.with_name(f".{path.name}.writing")
+    with hidden.open("wb") as file:
+        file.write(data.encode("utf-8") if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(hidden, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or which names a folder holds, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
