@@ -8,11 +8,13 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from burnish.cli import parse
-from burnish.recipe import apply_override, parse_yaml, read_recipe, recipe_from_dict
+from burnish.config import RecipeError
+from burnish.recipe import apply_override, json_schema, parse_yaml, read_recipe, recipe_from_dict
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -69,11 +71,116 @@ def test_recipe_in_a_page_is_valid(page: str, text: str) -> None:
     recipe_from_dict(parse_yaml(text, page))
 
 
+WRITTEN = [
+    *((f"{page}-{n}", parse_yaml(text, page)) for n, (page, text) in enumerate(RECIPES)),
+    *((file.name, parse_yaml(file.read_text(encoding="utf-8"), file.name)) for file in ROOT.glob("examples/*.yaml")),
+]
+SCHEMA = json_schema()
+
+
+def minimal(data: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    return {"model": {"path": "m"}, "data": {"train": "rows.jsonl"} | data, **sections}
+
+
+@pytest.mark.parametrize("tree", [tree for _, tree in WRITTEN], ids=[name for name, _ in WRITTEN])
+def test_schema_takes_the_recipes_of_pages_and_examples(tree: dict[str, Any]) -> None:
+    assert fits(tree, SCHEMA)
+    assert not fits({**tree, "seed": 1}, SCHEMA)
+    for section in tree:
+        assert not fits({**tree, section: {**tree[section], "unknown": 1}}, SCHEMA), section
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        minimal({}),
+        minimal({"train": ["rows.jsonl", {"path": "more.jsonl", "weight": 0.5}]}),
+        minimal({"train": {"path": "rows.jsonl"}}),
+        minimal({"validation": 0.01}),
+        minimal({"validation": "held.jsonl"}),
+        minimal({"validation": ["held.jsonl"]}),
+        minimal({"train_on": {"last_n": 2}}),
+        minimal({}, evaluate={"every": 0.1}, checkpoint={"every": "epoch"}),
+        minimal({}, evaluate={"every": None}, train={"compile": True}),
+    ],
+    ids=str,
+)
+def test_schema_takes_what_a_recipe_takes(tree: dict[str, Any]) -> None:
+    recipe_from_dict(tree)
+    assert fits(tree, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        minimal({"train": 3}),
+        minimal({"train": [3]}),
+        minimal({"train": [{"path": "rows.jsonl", "wieght": 0.5}]}),
+        minimal({"validation": 2.0}),
+        minimal({"validation": 0}),
+        minimal({}, evaluate={"every": 1.5}),
+        minimal({}, evaluate={"every": 0}),
+        minimal({}, checkpoint={"every": "epochs"}),
+        minimal({}, optimizer={}),
+    ],
+    ids=str,
+)
+def test_schema_refuses_what_a_recipe_refuses(tree: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError):
+        recipe_from_dict(tree)
+    assert not fits(tree, SCHEMA)
+
+
+JSON_TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": int | float, "boolean": bool}
+ASSERTIONS = {
+    "type": lambda value, name: value is None if name == "null" else is_json_type(value, name),
+    "const": lambda value, constant: value == constant,
+    "enum": lambda value, constants: value in constants,
+    "pattern": lambda value, pattern: re.search(pattern, value) is not None,
+    "minimum": lambda value, bound: value >= bound,
+    "maximum": lambda value, bound: value <= bound,
+    "exclusiveMinimum": lambda value, bound: value > bound,
+    "exclusiveMaximum": lambda value, bound: value < bound,
+    "minItems": lambda value, number: len(value) >= number,
+    "maxItems": lambda value, number: len(value) <= number,
+    "required": lambda value, names: value.keys() >= set(names),
+}
+NESTING = {"$defs", "properties", "additionalProperties", "items", "prefixItems"}
+ANNOTATIONS = {"$schema", "title", "description", "default"}
+
+
+def is_json_type(value: Any, name: str) -> bool:
+    return isinstance(value, JSON_TYPES[name]) and isinstance(value, bool) == (name == "boolean")
+
+
+def fits(value: Any, schema: dict[str, Any]) -> bool:
+    """Whether a JSON schema takes `value`, by the keywords that ours uses; a KeyError for any other."""
+    if "$ref" in schema:
+        return fits(value, SCHEMA["$defs"][schema["$ref"].removeprefix("#/$defs/")])
+    if "anyOf" in schema:
+        return any(fits(value, member) for member in schema["anyOf"])
+    keywords = sorted(schema.keys() - NESTING - ANNOTATIONS, key=lambda keyword: keyword != "type")
+    if not all(ASSERTIONS[keyword](value, schema[keyword]) for keyword in keywords):
+        return False
+    if isinstance(value, list):
+        members = schema.get("prefixItems") or [schema["items"]] * len(value)
+        return all(fits(item, member) for item, member in zip(value, members, strict=True))
+    if isinstance(value, dict):
+        known, other = schema.get("properties", {}), schema["additionalProperties"]
+        members = {key: known.get(key, other) for key in value}
+        return all(
+            member is True or (member is not False and fits(value[key], member)) for key, member in members.items()
+        )
+    return True
+
+
 def test_fragment_is_part_of_a_recipe() -> None:
     fragments = [(page, text) for page, text in blocks("yaml") if text.startswith(FRAGMENT)]
     assert fragments
     for page, text in fragments:
-        recipe_from_dict({"model": {"path": "m"}, "data": {"train": ["rows.jsonl"]}} | parse_yaml(text, page))
+        tree = {"model": {"path": "m"}, "data": {"train": ["rows.jsonl"]}} | parse_yaml(text, page)
+        recipe_from_dict(tree)
+        assert fits(tree, SCHEMA)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda file: file.name)
