@@ -7,7 +7,6 @@ written in shards. The tokenizer, generation_config.json and the model card are 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from burnish.files import sync
 from burnish.model.base import CausalLM
 from burnish.types import UserError
 
@@ -188,27 +188,15 @@ def written_beside(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        _sync(partial)
+        for entry in [*partial.rglob("*"), partial]:
+            sync(entry)
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
-        _sync_one(folder.parent)
+        sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    for entry in [*folder.rglob("*"), folder]:
-        _sync_one(entry)
-
-
-def _sync_one(entry: Path) -> None:
-    descriptor = os.open(entry, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_model(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from burnish.files import write_whole
 from burnish.observe.flops import ModelShape, step_flops
 from burnish.types import Sample, Stats, Status, StepInput, UserError, Weighted
 
@@ -58,12 +59,7 @@ def cut(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [text for text in _whole_lines(path) if json.loads(text)["step"] <= step]
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.writelines(f"{text}\n" for text in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    write_whole(path, "".join(f"{text}\n" for text in kept))
 
 
 def _whole_lines(path: Path) -> list[str]:

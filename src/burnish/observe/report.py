@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from burnish.files import write_whole
 from burnish.observe.chart import Series, bars, line_chart
 from burnish.observe.metrics import Line
 from burnish.observe.units import count_text, duration_text
@@ -111,10 +112,8 @@ class Report:
 
 def write_report(path: Path, report: Report) -> None:
     """Write the page, in one piece: a kill leaves the old one or the new one."""
-    beside = path.with_name(path.name + ".tmp")
     # A lone surrogate, which JSON rows can hold, has no UTF-8.
-    beside.write_bytes(render(report).encode("utf-8", errors="replace"))
-    beside.replace(path)
+    write_whole(path, render(report).encode("utf-8", errors="replace"))
 
 
 def render(report: Report) -> str:

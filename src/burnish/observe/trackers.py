@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from burnish.files import write_whole
 from burnish.types import UserError
 
 
@@ -69,7 +70,7 @@ class WandB:
 
         id_file = folder / "wandb-run-id.txt"
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+            write_whole(id_file, secrets.token_hex(4) + "\n")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "burnish"),
             name=run_name,

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from burnish.files import sync, write_whole
 from burnish.train.dcp_metadata import AnonymousWriter, InertReader, parse
 from burnish.types import UserError
 
@@ -63,7 +64,7 @@ def save_checkpoint(root: str | Path, step: int, tensors: Mapping[str, Tensor], 
         for notice in recover(root):
             logger.warning(notice)
         folder = _write(root, step, tensors, json.loads(text))
-        _set_tracker(root, step)
+        write_whole(root / TRACKER, str(step))
         _delete(_hidden(folder, "replaced"))
     except OSError as error:
         recover(root)
@@ -151,12 +152,11 @@ def _write(root: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str
     _save_tensors(hidden, tensors)
     files = {file.name: {"bytes": file.stat().st_size, "crc32": _checksum(file)} for file in sorted(hidden.iterdir())}
     manifest = {"version": 1, "step": step, "files": files, "state": state}
-    _write_synced(hidden / STATE, json.dumps({"crc32": _manifest_checksum(manifest), **manifest}, indent=1))
-    _sync(hidden)
+    write_whole(hidden / STATE, json.dumps({"crc32": _manifest_checksum(manifest), **manifest}, indent=1))
     if folder.exists():
         os.rename(folder, _hidden(folder, "replaced"))
     os.rename(hidden, folder)
-    _sync(root)
+    sync(root)
     return folder
 
 
@@ -195,13 +195,6 @@ def _assert_distinct(tensors: Mapping[str, Tensor]) -> None:
         if tensor.numel():
             other = by_memory.setdefault(tensor.data_ptr(), name)
             assert other == name, f"{other} and {name} are one tensor; give it to the checkpoint under one name"
-
-
-def _set_tracker(root: Path, step: int) -> None:
-    hidden = root / f".{TRACKER}.writing"
-    _write_synced(hidden, str(step))
-    os.replace(hidden, root / TRACKER)
-    _sync(root)
 
 
 def _read_tracker(root: Path) -> int | None:
@@ -311,22 +304,6 @@ def _checksum(file: Path) -> str:
 
 def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(manifest, sort_keys=True).encode()):08x}"
-
-
-def _write_synced(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make renames within `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _hidden(folder: Path, stage: str) -> Path:
