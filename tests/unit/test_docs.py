@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,23 @@ def test_architecture_lists_every_file_once() -> None:
     files = {str(f.relative_to(package)) for f in package.rglob("*.py")}
     empty = {name for name in files if name.endswith("/__init__.py")}
     assert sorted(listed) == sorted(files - empty)
+
+
+def test_architecture_lists_packages_in_the_order_of_imports() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)[/.][\w/.]+` \|", text, re.MULTILINE)
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ][0]
+    layers = [re.findall(r"burnish\.(\w+)", layer) for layer in contract["layers"]]
+    depth = {name: number for number, names in enumerate(layers) for name in names}
+    depths = [depth[name] for name in listed if name != "__init__"]
+    assert depths == sorted(depths)
+
+
+def test_loop_in_architecture_is_the_code() -> None:
+    (loop,) = [text for page, text in blocks("python") if page == "architecture.md"]
+    assert loop in (ROOT / "src" / "burnish" / "loop.py").read_text(encoding="utf-8")
 
 
 def test_files_named_in_pages_exist() -> None:
