@@ -55,7 +55,7 @@ class ModelConfig(Section):
     implementation: Literal["auto", "native", "transformers"] = "auto"
     """Whose modules run: native for Llama, Qwen2 and Qwen3, those of transformers for others; auto prefers native."""
     attention: Literal["auto", "sdpa", "varlen"] = "auto"
-    """Attention kernel: varlen needs CUDA, sdpa runs one call a document; auto takes varlen on CUDA."""
+    """Attention kernel: sdpa runs one call a document; varlen needs CUDA and bf16 compute, and auto takes it there."""
     trust_remote_code: bool = False
     """Run code that a checkpoint brings along (transformers implementation only)."""
     freeze: tuple[str, ...] = ()
@@ -254,7 +254,7 @@ class PrecisionConfig(Section):
     states: Literal["fp32", "bf16", "int8", "fp64"] = "fp32"
     """The optimizer's moments; bf16 rounds stochastically, int8 is block-wise with a dynamic code."""
     reduce: Literal["fp32", "fp64"] = "fp32"
-    """Gradients as they are added up over micro-batches and ranks."""
+    """Gradients as they are added up over micro-batches and ranks; fp64 needs master fp64."""
 
     @model_validator(mode="after")
     def _master_holds_compute(self) -> PrecisionConfig:
@@ -326,7 +326,7 @@ class CheckpointConfig(Section):
     keep_best: bool = False
     """Also keep the checkpoint with the lowest held-out loss, and export that one."""
     resume: str = "auto"
-    """auto goes on from the folder's newest checkpoint, `never` wants an empty folder, a path names a checkpoint."""
+    """auto goes on from the folder's newest checkpoint, `never` wants a folder without any, a path names one."""
     export: Literal["end", "save", "never"] = "end"
     """Write a Hugging Face folder at the end, at every save, or never."""
     export_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
