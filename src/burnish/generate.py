@@ -172,7 +172,7 @@ class _Printer(TextStreamer):
 
 
 def run_generate(
-    name: str, prompt: str, *, system: str | None = None, max_new_tokens: int = 256, temperature: float = 0.0
+    name: str, prompt: str, *, max_new_tokens: int, system: str | None = None, temperature: float = 0.0
 ) -> int:
     """`burnish generate`: print the answer as it comes. Returns the exit status."""
     inner, tokenizer = load_for_answers(name)
@@ -181,7 +181,7 @@ def run_generate(
     return 0
 
 
-def run_chat(name: str, *, system: str | None = None, max_new_tokens: int = 1024, temperature: float = 0.0) -> int:
+def run_chat(name: str, *, max_new_tokens: int, system: str | None = None, temperature: float = 0.0) -> int:
     """`burnish chat`: answer line after line of a growing conversation. Returns the exit status."""
     inner, tokenizer = load_for_answers(name)
     print("/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer.")

@@ -58,12 +58,6 @@ class Encoded:
     text: str = ""
     """The rendering; empty for a row that came tokenised."""
     spans: tuple[MessageSpan, ...] = ()
-    num_straddling: int = 0
-    """Tokens that lie across the beginning of a trained turn."""
-
-    @property
-    def num_trained(self) -> int:
-        return int(np.count_nonzero(self.loss_weights))
 
 
 @dataclass(frozen=True)
@@ -84,36 +78,15 @@ class TextTokenizer:
     """The day that `strftime_now` gives templates, YYYY-MM-DD."""
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: str,
-        revision: str = "main",
-        trust_remote_code: bool = False,
-        **options: Any,
-    ) -> TextTokenizer:
-        """The tokenizer of a folder or hub id, exactly as transformers loads it; `options` as in `from_transformers`.
-
-        Raises UserError where transformers has no fast tokenizer for it.
-        """
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-        return cls.from_transformers(tokenizer, **options)
-
-    @classmethod
     def from_transformers(
         cls,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        chat_template: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         stop_tokens: Iterable[int | str] = (),
         date: str | None = None,
     ) -> TextTokenizer:
-        """What a loaded transformers tokenizer does, with `chat_template` in place of its own where given.
-
-        Raises UserError where it has no `tokenizers` backend.
-        """
+        """What a loaded transformers tokenizer does. Raises UserError where it has no `tokenizers` backend."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError(
@@ -125,7 +98,7 @@ class TextTokenizer:
         return cls(
             backend=backend.to_str(),
             special_tokens=dict(tokenizer.special_tokens_map),
-            chat_template=chat_template if chat_template is not None else tokenizer.chat_template,
+            chat_template=tokenizer.chat_template,
             template_kwargs=dict(template_kwargs or {}),
             stop_tokens=frozenset(stop_tokens),
             **options,
@@ -231,15 +204,12 @@ class TextTokenizer:
     def _weigh_chat(self, draft: _Draft, encoding: Encoding) -> Encoded:
         tokens = _Tokens.of(encoding)
         loss_weights = np.full(len(tokens.ids), draft.default, np.float32)
-        num_straddling = 0
         for stretch in draft.stretches:
             first, end = tokens.covering(stretch.text_start, stretch.end)
             if stretch.stops is not None:
                 end = self._behind_stop(stretch, draft.text, tokens)
-            straddles = tokens.starts[first] < stretch.text_start
             reaches_back = tokens.starts[first] < stretch.start
             loss_weights[first + int(reaches_back) : end] = stretch.weight
-            num_straddling += int(straddles)
         spans = tuple(MessageSpan(p.message, *tokens.between(p.start, p.end)) for p in draft.places)
         return Encoded(
             tokens.ids,
@@ -248,7 +218,6 @@ class TextTokenizer:
             prefix=tokens.between(0, draft.prefix)[1],
             text=draft.text,
             spans=spans,
-            num_straddling=num_straddling,
         )
 
     def _behind_stop(self, stretch: _Stretch, text: str, tokens: _Tokens) -> int:
@@ -276,8 +245,7 @@ class TextTokenizer:
         whole = np.array([*before, *ids, *after, *closing], np.int32)
         loss_weights = np.zeros(len(whole), np.float32)
         loss_weights[seam if draft.completion else 0 :] = 1
-        straddles = seam - len(before) < len(ids) and tokens.starts[seam - len(before)] < draft.completion
-        return Encoded(whole, loss_weights, (seam, len(whole)), text=draft.text, num_straddling=int(straddles))
+        return Encoded(whole, loss_weights, (seam, len(whole)), text=draft.text)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:

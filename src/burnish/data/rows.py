@@ -74,11 +74,6 @@ class Rows:
         return reduce(add, (part.schema for part in self.parts))
 
     @property
-    def columns(self) -> Mapping[str, int]:
-        """The rows in which each top-level column is present and not null."""
-        return self.schema.columns
-
-    @property
     def files(self) -> list[dict[str, Any]]:
         """Path, size, rows and hash of each file, for data.json."""
         return [asdict(part.facts) for part in self.parts]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -57,10 +57,6 @@ class Stream:
     passes: int = 0
     _cursor: dict[str, Any] | None = None
     _rows: Iterator[Found] | None = None
-
-    @property
-    def columns(self) -> Mapping[str, int]:
-        return self.schema.columns
 
     def read(self, n: int) -> list[Found]:
         """The next n rows, and where each stands."""

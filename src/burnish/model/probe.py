@@ -37,10 +37,6 @@ class ProbeResult:
     reason: str | None
     """What is wrong, in words; None where packing is safe."""
 
-    @property
-    def isolated(self) -> bool:
-        return self.reason is None
-
 
 def leak_tolerance(config: Mapping[str, Any]) -> float:
     """What `probe_isolation` may let through: nothing in a dense model; 1e-5 in one whose experts share their matmuls

@@ -52,12 +52,10 @@ class Loaded:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, str]:
         return {
             "architecture": architecture_of(self.model.config),
             "implementation": f"{self.implementation} ({self.reason})",
-            "attention": self.attention,
-            "parameters": self.num_parameters,
         }
 
 

@@ -42,13 +42,12 @@ def step_flops(shape: ModelShape, document_lengths: Iterable[int], num_trained_t
     return body + head + attention
 
 
-def formula_text(shape: ModelShape, device_name: str, peak: float, num_devices: int = 1) -> str:
+def formula_text(shape: ModelShape, device_name: str, peak: float) -> str:
     """`FORMULA` with the model's numbers, and the peak (FLOP/s of one device) the utilisation is measured against."""
-    devices = f"{num_devices} x {device_name}" if num_devices > 1 else device_name
     return (
         f"MFU = FLOPs / seconds / peak; {FORMULA}; P = {shape.body_parameters:,}, P_head = {shape.head_parameters:,}, "
         f"L = {shape.num_layers}, H = {shape.num_heads}, d = {shape.head_dim}; "
-        f"peak = {peak / 1e12:,.1f} TFLOP/s dense bf16 ({devices})"
+        f"peak = {peak / 1e12:,.1f} TFLOP/s dense bf16 ({device_name})"
     )
 
 

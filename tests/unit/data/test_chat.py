@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,6 @@ def test_ids_are_those_of_transformers_and_turns_are_trained_to_their_end(
     assert encoded.loss_weights.dtype == np.float32
     assert encoded.tokens.tolist() == reference_ids(theirs, chat)
     assert trained_texts(ours, encoded) == [turn + end for turn in expected[kind]]
-    assert encoded.num_straddling == sum(turn.startswith("\n") for turn in expected[kind])
 
 
 OTHERS = st.text("бвг👍<> \n", max_size=8) | st.sampled_from(["<|im_start|>assistant\nж", "<|im_end|>\n", "</think>ж"])
@@ -206,7 +206,7 @@ def plain(chatml_tokenizer: Path) -> PreTrainedTokenizerFast:
 
 
 def with_template(theirs: PreTrainedTokenizerFast, template: str, **options: Any) -> TextTokenizer:
-    return TextTokenizer.from_transformers(theirs, chat_template=template, **options)
+    return replace(TextTokenizer.from_transformers(theirs, **options), chat_template=template)
 
 
 TURN = "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
@@ -395,7 +395,7 @@ def test_all_trains_every_token_but_the_first(plain: PreTrainedTokenizerFast) ->
     weights = with_template(plain, LOOP).encode(CHAT, "all").loss_weights
     assert weights.tolist() == [0.0] + [1.0] * (len(weights) - 1)
     untraceable = "{% for i in range(messages|length) %}{{ messages[i].content }}{% endfor %}"
-    assert with_template(plain, untraceable).encode(CHAT, "all").num_trained > 0
+    assert with_template(plain, untraceable).encode(CHAT, "all").loss_weights.any()
 
 
 def test_a_messages_own_weight_decides_among_trained_roles(plain: PreTrainedTokenizerFast) -> None:
@@ -455,7 +455,6 @@ def test_a_token_on_the_seam_belongs_to_the_completion(plain: PreTrainedTokenize
     assert " quick" in [ours.decode([t]) for t in ours.encode(RawText("", "the quick")).tokens]
     encoded = ours.encode(RawText("the qu", "ick fox"))
     assert trained_texts(ours, encoded) == [" quick fox<|im_end|>"]
-    assert encoded.num_straddling == 1
     assert trained_texts(ours, ours.encode(RawText("the quick", " fox"))) == [" fox<|im_end|>"]
 
 
@@ -516,8 +515,8 @@ def test_a_cut_that_leaves_nothing_to_train_is_refused(plain: PreTrainedTokenize
 # --- the tokenizer itself ---
 
 
-def test_it_travels_to_processes_and_loads_from_a_folder(chatml_tokenizer: Path) -> None:
-    ours = TextTokenizer.from_pretrained(str(chatml_tokenizer))
+def test_it_travels_to_processes(plain: PreTrainedTokenizerFast) -> None:
+    ours = with_template(plain, LOOP)
     ours.encode(CHAT)
     copied = pickle.loads(pickle.dumps(ours))
     assert copied.fingerprint == ours.fingerprint

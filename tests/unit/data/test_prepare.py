@@ -51,6 +51,8 @@ class ListRows:
 
 @pytest.fixture(scope="module")
 def preparer(chatml_tokenizer: Path) -> Preparer:
+    from transformers import AutoTokenizer  # not at the top: workers import this module
+
     rows = [
         talk("fine", metadata={"n": 1}, level=7),
         talk("x" * 200),
@@ -61,7 +63,8 @@ def preparer(chatml_tokenizer: Path) -> Preparer:
     config = SourceConfig(path="rows.jsonl", label_key="level")
     source = SourceRows("rows", ListRows(tuple(rows)), Format.MESSAGES, config)
     limits = {"data.max_length": 64, "the model's maximum": 512}
-    return Preparer((source,), TextTokenizer.from_pretrained(str(chatml_tokenizer)), limits, vocab_size=512)
+    tokenizer = TextTokenizer.from_transformers(AutoTokenizer.from_pretrained(chatml_tokenizer))
+    return Preparer((source,), tokenizer, limits, vocab_size=512)
 
 
 def with_rows(preparer: Preparer, *rows: dict[str, Any] | str) -> Preparer:

@@ -71,7 +71,7 @@ def test_every_kind_gives_the_same_rows(kind: str, where: str, tmp_path: Path) -
     rows = opened(path)
     assert [rows[i] for i in range(len(rows))] == ROWS
     assert rows.where(16) == where
-    assert rows.columns == {"text": 2_000, "number": 2_000}
+    assert rows.schema.columns == {"text": 2_000, "number": 2_000}
     assert rows.schema.shapes == {frozenset({"text", "number"}): 2_000}
     (facts,) = rows.files
     assert (facts["path"], facts["rows"]) == (str(path), 2_000)
@@ -182,7 +182,7 @@ def test_a_folder_or_glob_is_its_files_in_order(tmp_path: Path) -> None:
         rows = opened(path)
         assert [rows[i] for i in range(len(rows))] == ROWS[:6]
         assert [rows.where(i) for i in (0, 3, 5)] == ["a.json[0]", "b.jsonl:2", "c.parquet row 1"]
-        assert rows.columns == {"text": 6, "number": 6}
+        assert rows.schema.columns == {"text": 6, "number": 6}
         assert rows.name == tmp_path.name
     assert opened(tmp_path / "b.jsonl").name == "b"
     assert opened(tmp_path / "b.jsonl", name="mine").name == "mine"
@@ -354,7 +354,7 @@ def test_real_files(shared: Path) -> None:
     rows = opened(shared / "data" / "gsm8k_train.jsonl@[-73:]")
     assert len(rows) == 73
     assert rows.where(72) == "gsm8k_train.jsonl:7473"
-    assert rows.columns == {"question": 7_473, "answer": 7_473}
+    assert rows.schema.columns == {"question": 7_473, "answer": 7_473}
     alpaca = opened(shared / "data" / "alpaca_en.json")
     assert [alpaca[i] for i in range(len(alpaca))] == json.loads((shared / "data" / "alpaca_en.json").read_text())
 

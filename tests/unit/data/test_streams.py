@@ -42,7 +42,7 @@ def opened(path: Path | str, **keys: Any) -> Stream:
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_a_stream_wraps_round(kind: str, folder: Path) -> None:
     stream = opened(f"{folder}/*.{kind}")
-    assert stream.columns == {"text": 1_000, "number": 1_000}
+    assert stream.schema.columns == {"text": 1_000, "number": 1_000}
     found = [row for _ in range(5) for _, row in stream.read(600)]
     assert found == (ROWS * 3)[:3_000]
     assert stream.passes == 2
