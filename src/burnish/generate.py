@@ -39,6 +39,7 @@ def as_hf_model(model: CausalLM) -> PreTrainedModel:
         return model.for_generation()
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     example = next(iter(parameters.values()))
+    # Undocumented, here since transformers 5.0; on the meta device the buffers would be left without values, too.
     with no_init_weights():
         inner = AutoModelForCausalLM.from_config(config_of(model.config), dtype=example.dtype)
     missing, unexpected = inner.load_state_dict(parameters, strict=False, assign=True)

@@ -54,7 +54,7 @@ class HFModel(CausalLM):
         for name, child in inner.named_children():
             self.add_module(name, child)
         self.kernel = attention.kernel
-        self.own_attention = str(inner.config._attn_implementation)
+        self.own_attention = _attention_of(inner)
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
         text = inner.config.get_text_config()
         self.config = inner.config.to_dict() | {name: getattr(text, name) for name in sizes if hasattr(text, name)}
@@ -140,7 +140,7 @@ class HFModel(CausalLM):
         return self.inner.get_decoder()(**inputs, **arguments, use_cache=False)[0]
 
     def _use(self, implementation: str) -> None:
-        if self.inner.config._attn_implementation != implementation:
+        if _attention_of(self.inner) != implementation:
             self.inner.set_attn_implementation(implementation)
 
 
@@ -228,13 +228,19 @@ def _initialise(raw: Mapping[str, Any], trust_remote_code: bool, dtype: torch.dt
     return _with_every_cap(inner)
 
 
+def _attention_of(inner: PreTrainedModel) -> str:
+    """The attention it runs, which its config holds since transformers 4.36, with a public way to set it and none to
+    read it."""
+    return str(inner.config._attn_implementation)
+
+
 def _caps_scores(inner: PreTrainedModel) -> bool:
     return getattr(inner.config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 def _with_every_cap(inner: PreTrainedModel) -> PreTrainedModel:
     """Older `transformers` let sdpa run where scores are capped, and leave out the cap."""
-    if _caps_scores(inner) and inner.config._attn_implementation == "sdpa":
+    if _caps_scores(inner) and _attention_of(inner) == "sdpa":
         inner.set_attn_implementation("eager")
     return inner
 
@@ -303,6 +309,7 @@ def packing_obstacle(model: HFModel) -> str | None:
     accepted = inspect.signature(model.inner.get_decoder().forward).parameters
     if "position_ids" not in accepted or not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         return "its forward takes no position_ids, or no arguments for attention"
+    # Private, but what set_attn_implementation asks before it only warns, in all of transformers 5.
     if not model.inner._can_set_attn_implementation():
         return "its attention cannot be exchanged"
     tokens_T = _random_tokens(model.inner, 12)

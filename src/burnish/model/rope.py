@@ -211,22 +211,29 @@ class Rotary:
         self._rope = rope
         self._variant = VARIANTS[rope.kind]
         self._attention_factor = self._variant.attention_factor(rope)
-        self._short_F = self._variant.frequencies(rope, 1)
+        self._frequencies: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     def __call__(self, positions_T: Tensor, documents: Documents, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine [T, 1, F] in `dtype`, computed in float32 at least."""
         wide = torch.promote_types(dtype, torch.float32)
-        frequencies = self._frequencies(documents).to(positions_T.device, wide, non_blocking=True)
-        angles_TF = positions_T.to(wide)[:, None] * frequencies
+        angles_TF = positions_T.to(wide)[:, None] * self._of_tokens(documents, positions_T.device, wide)
         cos_TF, sin_TF = angles_TF.cos() * self._attention_factor, angles_TF.sin() * self._attention_factor
         return cos_TF.to(dtype)[:, None], sin_TF.to(dtype)[:, None]
 
-    def _frequencies(self, documents: Documents) -> Tensor:
-        """[F], or [T, F] where the variant goes by the length of a document."""
+    def _of_tokens(self, documents: Documents, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Frequencies [F], or [T, F] where the variant goes by the length of a document."""
         if not self._variant.by_length:
-            return self._short_F
-        by_document = [self._variant.frequencies(self._rope, length) for length in documents.lengths]
-        return torch.stack(by_document).repeat_interleave(torch.tensor(documents.lengths), dim=0)
+            return self._of_length(1, device, dtype)
+        by_document_NF = torch.stack([self._of_length(length, device, dtype) for length in documents.lengths])
+        # Told the sum, the host does not wait for the device to add it up.
+        return by_document_NF.repeat_interleave(documents.cu_seqlens.diff(), dim=0, output_size=sum(documents.lengths))
+
+    def _of_length(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Frequencies [F] of a document, copied to the device once, because the host waits for the copy."""
+        key = (length, device, dtype)
+        if key not in self._frequencies:
+            self._frequencies[key] = self._variant.frequencies(self._rope, length).to(device, dtype)
+        return self._frequencies[key]
 
 
 def rotate(x_THE: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from burnish.train.states import FloatStore, Int8Store, Store, random_bits, stre
 from burnish.types import UserError
 
 States = Literal["fp32", "bf16", "int8", "fp64"]
-FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Floating types by their names in a recipe."""
 
 SMALLEST_INT8 = 4096
 """Values from which a tensor's moments are worth int8; norms and biases below it keep fp32 and cost next to nothing."""
@@ -137,7 +138,7 @@ def build_optimizer(
     wide = dtypes <= {torch.float32, torch.float64}
     if config.name == "sgd":
         return FusedSgd(trained, decays, config) if wide else NarrowSgd(trained, decays, seed)
-    if wide and dtypes == {FLOATS.get(states)}:
+    if wide and dtypes == {DTYPES.get(states)}:
         return FusedAdamW(trained, decays, config)
     return NarrowAdamW(trained, decays, config, states, seed)
 
@@ -215,6 +216,7 @@ def _gated_step(optimizer: torch.optim.Optimizer, lr: float, finite: Tensor) -> 
     """A step of a fused torch optimizer, whose kernels write nothing where `found_inf` is 1 (GradScaler's protocol)."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+    # GradScaler, too, sets the attribute from outside; since torch 2.4 the fused kernels of a CPU read it as CUDA's do.
     optimizer.found_inf = finite.logical_not().float()  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step()
 
@@ -346,4 +348,4 @@ class NarrowAdamW(NarrowOptimizer):
 def _zeros(parameter: Parameter, states: States, signed: bool) -> Store:
     if states == "int8" and parameter.numel() >= SMALLEST_INT8:
         return Int8Store.zeros(parameter.numel(), signed, parameter.device)
-    return FloatStore(torch.zeros_like(parameter, dtype=FLOATS.get(states, torch.float32)))
+    return FloatStore(torch.zeros_like(parameter, dtype=DTYPES.get(states, torch.float32)))

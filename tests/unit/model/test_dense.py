@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from burnish.model.attention import attend_sdpa
 from burnish.model.base import CausalLM, UnsupportedModel, model_shape
 from burnish.model.dense import RMSNorm
 from burnish.model.lm_head import logits
-from burnish.model.rope import VARIANTS, Rotary, read_rope
+from burnish.model.rope import VARIANTS, Rope, Rotary, read_rope
 from burnish.observe.flops import step_flops
 from burnish.types import Documents, UserError
 
@@ -211,6 +212,31 @@ def test_angles_are_exact_in_float64():
     angles_TF = positions_T.double()[:, None] * VARIANTS["default"].frequencies(rope, 1).double()
     assert torch.equal(cos_T1F[:, 0], angles_TF.cos())
     assert torch.equal(sin_T1F[:, 0], angles_TF.sin())
+
+
+@pytest.mark.parametrize(("rope", "lengths"), [("yarn", [1]), ("dynamic", [40, 13, 70])])
+def test_frequencies_are_made_once_a_type_and_length(rope: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch):
+    config, made = read_rope(tiny_config("llama", **ROPES[rope]), head_dim=8), []
+    variant = VARIANTS[config.kind]
+
+    def frequencies(rope: Rope, length: int) -> Tensor:
+        made.append(length)
+        return variant.frequencies(rope, length)
+
+    monkeypatch.setitem(VARIANTS, config.kind, replace(variant, frequencies=frequencies))
+    rotary, (_, positions_T, documents) = Rotary(config), pack([40, 13, 70, 13])
+    # Angles of bfloat16 are float32, so the two share theirs.
+    for dtype, is_new in (
+        (torch.bfloat16, True),
+        (torch.float32, False),
+        (torch.float64, True),
+        (torch.float32, False),
+    ):
+        fresh = Rotary(config)(positions_T, documents, dtype)
+        made.clear()
+        kept = rotary(positions_T, documents, dtype)
+        assert made == (lengths if is_new else [])
+        assert all(torch.equal(*pair) for pair in zip(kept, fresh, strict=True))
 
 
 def test_norm_is_exact_in_float64():
