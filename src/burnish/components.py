@@ -34,8 +34,8 @@ from burnish.observe.flops import peak_flops
 from burnish.observe.metrics import Stopwatch, Utilisation
 from burnish.resume import altering_keys
 from burnish.train.loss import CrossEntropy
+from burnish.train.optim import DTYPES
 from burnish.train.trainer import (
-    DTYPES,
     LocalTrainer,
     Scorer,
     cast_parameters,

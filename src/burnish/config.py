@@ -6,10 +6,12 @@ read, and what is said of a faulty one, is `recipe.py`'s.
 
 from __future__ import annotations
 
+import difflib
 import math
+from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from burnish.types import UserError
 
@@ -146,7 +148,40 @@ class Roles(Section):
     """Train every message of these roles."""
 
 
-TrainOn = Literal["assistant", "last", "all"] | LastTurns | Roles
+def _train_on(value: Any) -> Any:
+    # Told apart here, because a union complains once for each of its members.
+    if isinstance(value, dict) and set(value) == {"last_n"}:
+        if isinstance(value["last_n"], int) and not isinstance(value["last_n"], bool) and value["last_n"] >= 1:
+            return LastTurns(last_n=value["last_n"])
+        raise ValueError("last_n must be a number of turns, 1 or more")
+    if isinstance(value, dict) and set(value) == {"roles"}:
+        roles = value["roles"]
+        if isinstance(roles, list) and roles and all(isinstance(role, str) for role in roles):
+            return Roles(roles=tuple(roles))
+        raise ValueError("roles must be a list of names, such as {roles: [user, assistant]}")
+    if value in ("assistant", "last", "all") or isinstance(value, LastTurns | Roles):
+        return value
+    near = difflib.get_close_matches(value, ("assistant", "last", "all"), 1) if isinstance(value, str) else []
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"must be assistant, last, all, {{last_n: 2}} or {{roles: [user, assistant]}}{hint}")
+
+
+_TrainOn = Literal["assistant", "last", "all"] | LastTurns | Roles
+TrainOn = Annotated[_TrainOn, BeforeValidator(_train_on, json_schema_input_type=_TrainOn)]
+
+
+def _day(value: str | None) -> str | None:
+    if value is not None and (len(value) != 10 or not _is_day(value)):
+        raise ValueError("must be a day as YYYY-MM-DD, such as 2026-01-31")
+    return value
+
+
+def _is_day(text: str) -> bool:
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 class DataConfig(Section):
@@ -172,7 +207,7 @@ class DataConfig(Section):
     """Processes that tokenise; 0 does it in the main process, auto takes all cores but one, at most 8."""
     cache: str | None = None
     """Folder that keeps tokenised rows between runs, by content, template, tokenizer and code; null keeps none."""
-    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
+    date: Annotated[str | None, AfterValidator(_day)] = None
     """The day that templates which print today's date see (YYYY-MM-DD); null is that of the first start, saved."""
     chat_template: str | None = None
     """File of a Jinja chat template that replaces the tokenizer's; exported with the model."""

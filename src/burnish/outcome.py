@@ -14,6 +14,7 @@ from burnish.components import Components
 from burnish.data.chat import TextTokenizer
 from burnish.data.feed import Feed, Preparation
 from burnish.data.rows import Rows
+from burnish.files import write_whole
 from burnish.length import RunLength
 from burnish.observe.environment import environment, versions
 from burnish.observe.flops import formula_text
@@ -28,7 +29,7 @@ from burnish.observe.report import (
 )
 from burnish.observe.units import count_text, duration_text
 from burnish.recipe import dump
-from burnish.run import Run, RunFolder, write_text
+from burnish.run import Run, RunFolder
 from burnish.types import Sample
 
 PICTURED_ROWS = 2_000
@@ -69,7 +70,7 @@ def start_facts(parts: Components, length: RunLength) -> list[tuple[str, str]]:
 
 def write_facts(parts: Components, folder: RunFolder) -> None:
     """recipe.yaml, environment.json, data.json and model/: what the run is made of."""
-    write_text(folder.path / "recipe.yaml", dump(parts.recipe))
+    write_whole(folder.path / "recipe.yaml", dump(parts.recipe))
     folder.write_json("environment.json", environment(str(parts.device)))
     folder.write_json("data.json", {"date": parts.date, **parts.corpus.facts()})
     model = folder.path / "model"
@@ -91,23 +92,21 @@ def summarise(
     run: Run,
     counts: Mapping[str, Mapping[str, int]],
     held_out_counts: Mapping[str, Mapping[str, int]],
-    seconds: float,
-    first_step: int,
     export: Path | None,
 ) -> dict[str, Any]:
-    """summary.json. Rates are of this process, which began after `first_step` steps and took `seconds`."""
+    """summary.json. Times, totals and counts of rows are of the whole run, over all starts and epochs."""
     progress = run.progress
+    run.count_time()
     lines = read(run.folder.metrics)
     steps = [line for line in lines if "loss" in line]
-    recent = [line for line in steps if line["step"] > first_step]
     return {
         "finished": True,
-        "stopped_early": run.stopped_early,
+        "stopped_early": progress.stopped_early,
         "step": progress.step,
         "total_steps": run.total_steps,
-        "runtime_seconds": seconds,
-        "samples_per_second": sum(line["samples"] for line in recent) / seconds,
-        "tokens_per_second": sum(line["tokens"] for line in recent) / seconds,
+        "runtime_seconds": progress.seconds,
+        "samples_per_second": progress.totals.samples / progress.seconds,
+        "tokens_per_second": progress.totals.tokens / progress.seconds,
         "total_samples": progress.totals.samples,
         "total_tokens": progress.totals.tokens,
         "total_trained_tokens": progress.totals.trained_tokens,

@@ -112,7 +112,13 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(
             f"recipe {file} does not exist; give the path of a YAML file, such as examples/quickstart.yaml"
         )
-    tree = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"recipe {file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
+    tree = parse_yaml(text, str(file))
     if tree is not None and not isinstance(tree, dict):
         raise RecipeError(
             f"recipe {file} is a {type(tree).__name__}; it must be a mapping with the keys "
@@ -154,7 +160,15 @@ def _faults(section: type[Section], error: ValidationError) -> list[str]:
         keys = _place(section, fault["loc"])
         by_place.setdefault(".".join(keys), []).append(_fault(section, keys, fault))
     deepest = [p for p in by_place if not any(other.startswith(f"{p}.") for other in by_place)]
-    return [" or ".join(dict.fromkeys(by_place[place])) for place in deepest]
+    return [_joined(list(dict.fromkeys(by_place[place]))) for place in deepest]
+
+
+def _joined(complaints: list[str]) -> str:
+    """What several members of a union say of one value, the key and value said once."""
+    first, *others = complaints
+    return " or ".join(
+        [first, *(other.partition(": must ")[2] and f"must {other.partition(': must ')[2]}" for other in others)]
+    )
 
 
 def _place(section: type[Section], loc: tuple[int | str, ...]) -> list[str]:
@@ -206,8 +220,21 @@ def _fault(section: type[Section], keys: list[str], fault: Any) -> str:
         return (
             message if re.match(r"[a-z_]+\.[a-z_]+|exactly one|every source", message) else f"{name}={shown}: {message}"
         )
-    message = fault["msg"][0].lower() + fault["msg"][1:]
-    return f"{name}={shown}: {message.replace('input should be', 'must be')}"
+    message = (fault["msg"][0].lower() + fault["msg"][1:]).replace("input should be", "must be")
+    message = re.sub("must be (a valid array|an object|a valid dictionary)", lambda m: _IN_YAML[m[1]], message)
+    if fault["type"] == "literal_error" and isinstance(fault["input"], str):
+        choices = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
+        near = difflib.get_close_matches(fault["input"], choices, 1, 0.5)
+        message += f"; did you mean {near[0]}?" if near else ""
+    return f"{name}={shown}: {message}"
+
+
+_IN_YAML = {
+    "a valid array": "must be a list, such as [a, b]",
+    "an object": "must be a mapping of keys, such as {key: value}",
+    "a valid dictionary": "must be a mapping of keys, such as {key: value}",
+}
+"""pydantic's words for JSON in those of YAML."""
 
 
 def _schema_path(keys: Sequence[str]) -> str:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Protocol
 
-from burnish.config import CheckpointConfig, EvaluateConfig
+from burnish.config import CheckpointConfig, EvaluateConfig, RecipeError
 from burnish.data.pack import Layout
+from burnish.files import write_whole
 from burnish.observe.metrics import Line, MetricsWriter, StepWindow, Stopwatch, Totals
 from burnish.observe.trackers import Tracker
 from burnish.train.checkpoint import retain
@@ -55,7 +59,12 @@ class RunFolder:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for this process. Raises UserError where another has it; a dead process holds nothing."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecipeError(
+                f"run.dir={self.path} cannot be made: {error.strerror}; name a folder you may write to"
+            ) from None
         with (self.path / ".lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,14 +81,7 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write RUN/name as a whole or not at all."""
-        write_text(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+        write_whole(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Cadence:
             return step in self.epoch_ends
         if isinstance(self.every, int):
             return step % self.every == 0
-        period = self.every * self.total_steps
+        period = Fraction(str(self.every)) * self.total_steps  # exact: 0.07 of 100 is 7
         return step // period > (step - 1) // period
 
 
@@ -107,9 +109,14 @@ class Progress:
 
     step: int = 0
     totals: Totals = field(default_factory=Totals)
+    seconds: float = 0.0
+    """Time trained, over all starts."""
     best_loss: float | None = None
     best_step: int | None = None
+    loss_to_beat: float | None = None
+    """The held-out loss that early stopping measures by; it falls only by `min_delta` or more."""
     stale_evaluations: int = 0
+    stopped_early: bool = False
     last_evaluation: Line = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
@@ -148,10 +155,10 @@ class Run:
     stop_on_nonfinite: bool = True
     progress: Progress = field(default_factory=Progress)
     interrupted: signal.Signals | None = None
-    stopped_early: bool = False
     saved_step: int | None = None
     _unlogged: list[tuple[int, Any, list[str]]] = field(default_factory=list)
     _last_save: float = field(default_factory=time.monotonic)
+    _counted_at: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self._evaluate_cadence = Cadence(self.evaluate_config.every, self.total_steps, self.epoch_ends)
@@ -159,7 +166,7 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The numbers of the steps still to take, until the end, a signal or early stopping."""
-        while self.progress.step < self.total_steps and self.interrupted is None and not self.stopped_early:
+        while self.progress.step < self.total_steps and self.interrupted is None and not self.progress.stopped_early:
             yield self.progress.step + 1
 
     def log(self, step: int, stats: Stats, inputs: StepInput) -> None:
@@ -226,17 +233,21 @@ class Run:
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def _judge(self, line: Line) -> None:
-        progress, stopping = self.progress, self.evaluate_config.early_stopping
+        """Whether this is the best held-out loss so far, and whether it has fallen enough to go on."""
+        progress, stopping, loss = self.progress, self.evaluate_config.early_stopping, line["eval/loss"]
         progress.last_evaluation = line
-        margin = stopping.min_delta if stopping else 0.0
-        if progress.best_loss is None or line["eval/loss"] < progress.best_loss - margin:
-            progress.best_loss, progress.best_step, progress.stale_evaluations = line["eval/loss"], line["step"], 0
+        if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
+            progress.best_loss, progress.best_step = loss, line["step"]
+        if stopping is None:
+            return
+        if progress.loss_to_beat is None or loss < progress.loss_to_beat - stopping.min_delta:
+            progress.loss_to_beat, progress.stale_evaluations = loss, 0
             return
         progress.stale_evaluations += 1
-        if stopping and progress.stale_evaluations >= stopping.patience:
-            self.stopped_early = True
+        if progress.stale_evaluations >= stopping.patience:
+            progress.stopped_early = True
             LOG.info(
-                f"the held-out loss has not fallen below {progress.best_loss:.4f} (step {progress.best_step}) for "
+                f"the held-out loss has not fallen below {progress.loss_to_beat:.4f} for "
                 f"{progress.stale_evaluations} evaluations: stopping early"
             )
 
@@ -245,7 +256,7 @@ class Run:
         config = self.save_config
         late = config.seconds is not None and time.monotonic() - self._last_save >= config.seconds
         best = config.keep_best and self.progress.best_step == step
-        last = step == self.total_steps or self.stopped_early
+        last = step == self.total_steps or self.progress.stopped_early
         if self._save_cadence.due(step) or late or best or last:
             self.save(trainer, source)
 
@@ -256,6 +267,7 @@ class Run:
         if self.saved_step == step:
             return
         with self.clock("save"):
+            self.count_time()
             state = {"cursor": source.state_dict(), "progress": self.progress.state_dict(), "identity": self.identity}
             trainer.save(str(self.folder.checkpoints), state)
             self.saved_step, self._last_save = step, time.monotonic()
@@ -268,18 +280,28 @@ class Run:
             if self.save_config.export == "save":
                 self.export(step)
 
+    def count_time(self) -> None:
+        """Add the time since the last call to the progress."""
+        now = time.monotonic()
+        self.progress.seconds += now - self._counted_at
+        self._counted_at = now
+
 
 @contextmanager
 def stop_on_signals(run: Run) -> Iterator[None]:
-    """SIGINT and SIGTERM let the current step finish and end the loop; a second SIGINT ends the process at once."""
+    """SIGINT and SIGTERM let the current step finish and end the loop; a second one ends the process at once.
+
+    Python hands signals to the main thread alone: in another, nothing is changed.
+    """
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if run.interrupted is not None and number == signal.SIGINT:
+        if run.interrupted is not None:
             os._exit(128 + number)
         run.interrupted = signal.Signals(number)
-        LOG.info(f"{signal.Signals(number).name}: finishing the step, then saving; Ctrl-C again stops at once")
+        LOG.info(f"{signal.Signals(number).name}: finishing the step, then saving; again stops at once")
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:

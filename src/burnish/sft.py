@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import time
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,7 +35,8 @@ from burnish.recipe import dump, read_recipe, recipe_from_dict
 from burnish.resume import altering_keys, check_resumable
 from burnish.run import Progress, Run, RunFolder, stop_on_signals
 from burnish.train.checkpoint import checkpoint_folder, latest_checkpoint, load_checkpoint, read_state, recover
-from burnish.train.trainer import DTYPES, LocalTrainer
+from burnish.train.optim import DTYPES
+from burnish.train.trainer import LocalTrainer
 from burnish.types import Sample, UserError
 
 LOG = logging.getLogger(__name__)
@@ -99,6 +100,8 @@ class SFT:
             validation_rows=dataset.get("validation") if is_split else None,
         )
         self._progress = Progress()
+        self._saved_weights: Path | None = None
+        """A checkpoint whose weights are to be loaded before the model is used, since its run had ended already."""
 
     def train(self, resume: str | bool | None = None) -> Result:
         """Train, evaluate, save and export as the recipe says; a run that has finished returns its results.
@@ -106,7 +109,6 @@ class SFT:
         `resume` overrides checkpoint.resume: True is `auto`, False `never`, a path a checkpoint.
         """
         how = {None: self.recipe.checkpoint.resume, True: "auto", False: "never"}.get(resume, str(resume))
-        started = time.monotonic()
         with self._opened_folder() as console, ExitStack() as stack:
             checkpoint = _checkpoint_to_resume(self.folder, how)
             finished = self._finished(console, checkpoint)
@@ -114,11 +116,10 @@ class SFT:
                 return finished
             session = self._session(console, stack, checkpoint)
             run = self._run(session, stack)
-            first_step = run.progress.step
             status = self._fit(session, run)
             if status is not None:
                 return Result({}, self.folder.path, interrupted=status)
-            return self._finish(session, run, first_step, time.monotonic() - started)
+            return self._finish(session, run)
 
     def dry_run(self) -> RunLength:
         """Everything but training: open, check, prepare where that comes first, load, probe, rehearse."""
@@ -133,13 +134,20 @@ class SFT:
         if not self.parts.corpus.validation:
             raise RecipeError("data.validation is empty; name the rows to evaluate on")
         self.parts.check_vocabulary()
+        self._load_saved_weights()
         with TemporaryDirectory() as store, self.parts.feed(Path(store)) as feed:
             feed.prepare_held_out()
             return evaluate(self.parts.scorer(), feed.held_out(), self.parts.evaluation_layout())
 
     def export(self, folder: str | Path) -> Path:
         """Write the model as it is now as a Hugging Face folder; returns it."""
+        self._load_saved_weights()
         return _export(self.parts, self.recipe, self.folder, self._progress, Path(folder))
+
+    def _load_saved_weights(self) -> None:
+        if self._saved_weights is not None:
+            self._progress = _load_weights(self.parts, self._saved_weights)
+            self._saved_weights = None
 
     @contextmanager
     def _opened_folder(self) -> Iterator[Console]:
@@ -157,6 +165,8 @@ class SFT:
         saved, now = read_state(checkpoint)["identity"], {"recipe": altering_keys(self.recipe)}
         if check_resumable(saved, now, self.recipe.checkpoint.allow_changes, str(checkpoint)):
             return None
+        best = summary["best_step"] if self.recipe.checkpoint.keep_best else None
+        self._saved_weights = checkpoint if best is None else checkpoint_folder(self.folder.checkpoints, best)
         console.facts(f"{self.folder.path} is finished: nothing left to train", result_facts(summary, self.folder))
         return Result(summary, self.folder.path, None if summary["export"] is None else Path(summary["export"]))
 
@@ -173,12 +183,16 @@ class SFT:
             for line in check_resumable(state["identity"], identity, allow, str(checkpoint)):
                 LOG.warning("changed since the checkpoint: %s", line)
         parts.check_vocabulary()
-        write_facts(parts, folder)
         order = parts.corpus.order(recipe.run.seed, recipe.data.shuffle)
         why_first = "data.prepare=first" if recipe.data.prepare == "first" else needs_every_row(recipe, order)
         store = folder.path / "prepared" if recipe.data.cache is None else Path(recipe.data.cache)
         store_train = why_first is not None or recipe.data.cache is not None
         feed = stack.enter_context(parts.feed(store, store_train))
+        if recipe.data.cache is None:
+            for stale in (path for path in store.glob("*/rows.bin") if path.parent.name not in feed.keys):
+                shutil.rmtree(stale.parent)
+        for source_name in (source.name for source in parts.corpus.validation):
+            LOG.info("preparing the held-out rows of %s", source_name)
         held_out, prepared = feed.prepare_held_out(), None
         if why_first is not None:
             LOG.info("preparing every row before step 1 (%s)", why_first)
@@ -190,7 +204,7 @@ class SFT:
         if state is not None:
             trainer.load(str(checkpoint))
             source.load_state_dict(state["cursor"])
-            progress = Progress.from_state(state["progress"])
+            progress = self._known_here(Progress.from_state(state["progress"]))
             LOG.info("going on from %s", checkpoint)
         prefetch = Prefetch(source)
         stack.callback(prefetch.close)
@@ -199,6 +213,18 @@ class SFT:
         if recipe.train.memory_check:
             self._check_memory(session)
         return session
+
+    def _known_here(self, progress: Progress) -> Progress:
+        """`progress` without a best step whose checkpoint is not in this folder, and so could never be exported."""
+        best = progress.best_step
+        if not self.recipe.checkpoint.keep_best or best is None or best == progress.step:
+            return progress
+        if checkpoint_folder(self.folder.checkpoints, best).is_dir():
+            return progress
+        LOG.warning(
+            "the best step so far, %d, has no checkpoint in %s; the best is looked for anew", best, self.folder.path
+        )
+        return replace(progress, best_step=None, best_loss=None)
 
     def _check_memory(self, session: Session) -> None:
         """Forward and backward of a full micro-batch at the longest row known, so that too little memory shows now."""
@@ -223,6 +249,7 @@ class SFT:
         recipe, parts, folder = self.recipe, self.parts, self.folder
         progress = self._progress = session.progress or Progress()
         resumed_step = None if session.progress is None else progress.step
+        write_facts(parts, folder)
         folder.summary.unlink(missing_ok=True)  # of an earlier end, beyond which this run goes
         for file in (folder.metrics, folder.answers):
             cut(file, -1 if resumed_step is None else resumed_step)
@@ -253,7 +280,7 @@ class SFT:
             log_every=recipe.run.log_every,
             stop_on_nonfinite=recipe.train.on_nonfinite == "stop",
             progress=progress,
-            saved_step=resumed_step,
+            saved_step=resumed_step if checkpoint_folder(folder.checkpoints, progress.step).is_dir() else None,
         )
 
     def _answers(self) -> Sequence[tuple[str, str]]:
@@ -272,9 +299,12 @@ class SFT:
                     run.save(session.trainer, session.source)  # training may never do better
             try:
                 fit(session.trainer, session.source, run)
-            except RowsError:
+            except RowsError as error:
                 run.save(session.trainer, session.source)
-                raise
+                raise RowsError(
+                    f"{error}\nstep {run.progress.step} is saved: once the row is mended or the recipe drops it, "
+                    "start again with checkpoint.allow_changes=true"
+                ) from None
             if run.interrupted is None:
                 return None
             run.save(session.trainer, session.source)
@@ -285,18 +315,20 @@ class SFT:
         )
         return 128 + run.interrupted
 
-    def _finish(self, session: Session, run: Run, first_step: int, seconds: float) -> Result:
+    def _finish(self, session: Session, run: Run) -> Result:
         """Export, summary and report of a run that came to its end."""
         checkpoint, progress, exported = self.recipe.checkpoint, run.progress, None
         if checkpoint.keep_best and progress.best_step not in (None, progress.step):
             best = checkpoint_folder(self.folder.checkpoints, progress.best_step)
             progress = self._progress = Progress.from_state(session.trainer.load(str(best))["progress"])
+        elif progress.step != run.saved_step:
+            run.save(session.trainer, session.source)  # a run that goes on from the end of another folder's
         if checkpoint.export != "never":
             exported = _export(self.parts, self.recipe, self.folder, progress, self.folder.export(progress.step))
         sources = self.parts.corpus.validation
         held_out = {s.name: dict(found.counts) for s, found in zip(sources, session.held_out, strict=True)}
         counts = session.source.state_dict()["counts"]
-        summary = summarise(run, counts, held_out, seconds, first_step, exported)
+        summary = summarise(run, counts, held_out, exported)
         write_run_report(self.parts, self.folder, session.feed, session.held_out, session.length, summary)
         self.folder.write_json(self.folder.summary.name, summary)
         session.console.close()
@@ -341,11 +373,15 @@ def _as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path, model: Any) -> R
 
 
 def _checkpoint_to_resume(folder: RunFolder, how: str) -> Path | None:
-    """The checkpoint that `how` (checkpoint.resume) asks for; None to start from the model's own weights."""
+    """The checkpoint that `how` (checkpoint.resume) asks for; None to start from the model's own weights.
+
+    A checkpoint elsewhere is where a run begins; once the folder has checkpoints of its own, it goes on from those.
+    """
+    own = latest_checkpoint(folder.checkpoints)
     if how == "auto":
-        return latest_checkpoint(folder.checkpoints)
+        return own
     if how == "never":
-        if latest_checkpoint(folder.checkpoints) is not None:
+        if own is not None:
             raise RecipeError(
                 f"checkpoint.resume=never: run.dir={folder.path} has a checkpoint already; "
                 "set another run.dir, or delete that folder"
@@ -355,7 +391,15 @@ def _checkpoint_to_resume(folder: RunFolder, how: str) -> Path | None:
     found = place if (place / "state.json").is_file() else latest_checkpoint(place / "checkpoints")
     if found is None:
         raise RecipeError(f"checkpoint.resume={how}: neither a checkpoint (iter_...) nor a run folder with one")
-    return found
+    is_own = found.resolve().parent == folder.checkpoints.resolve()
+    return found if is_own or own is None else own
+
+
+def _load_weights(parts: Components, checkpoint: Path) -> Progress:
+    """Fill the model with the weights of a checkpoint; returns the progress it was saved with."""
+    named = parts.loaded.model.named_parameters()
+    state = load_checkpoint(checkpoint, {f"model.{name}": p.detach() for name, p in named}, prefix="model.")
+    return Progress.from_state(state["progress"])
 
 
 def _all_trained(length: int, number: int, vocab_size: int) -> Sample:
@@ -371,6 +415,10 @@ def evaluate_folder(model: str, data: str, overrides: Sequence[str] = ()) -> dic
 
     Overrides without a dot are keys of the source (`prompt_key=question`), others keys of a recipe.
     """
+    if (Path(model) / "recipe.yaml").is_file():
+        exports = sorted((Path(model) / "hf").glob("step-*"), key=lambda path: path.stat().st_mtime)
+        remedy = f"give {exports[-1]}" if exports else f"run `burnish export {model}` first"
+        raise UserError(f"{model} is a run folder, not a model; {remedy}")
     is_recipe_key = {override: "." in override.partition("=")[0] for override in overrides}
     keys = [override if dotted else f"data.validation.0.{override}" for override, dotted in is_recipe_key.items()]
     tree = {
@@ -398,7 +446,5 @@ def export_run(run: str, step: int | None = None, out: str | None = None) -> Pat
     model = recipe.model.model_copy(update={"path": None, "init": str(folder.path / "model"), "tokenizer": None})
     data = recipe.data.model_copy(update={"chat_template": None})  # RUN/model has it already
     parts = Components(recipe.model_copy(update={"model": model, "data": data}), folder.path)
-    named = parts.loaded.model.named_parameters()
-    state = load_checkpoint(checkpoint, {f"model.{name}": p.detach() for name, p in named}, prefix="model.")
-    progress = Progress.from_state(state["progress"])
+    progress = _load_weights(parts, checkpoint)
     return _export(parts, recipe, folder, progress, Path(out) if out else folder.export(progress.step))

@@ -170,6 +170,50 @@ def test_a_run_taken_further_is_not_finished_by_its_old_summary(train: Train) ->
     assert train(*further).summary["step"] == 12
 
 
+def test_a_renamed_file_is_the_same_data(train: Train, workshop: Workshop) -> None:
+    train("train.epochs=1")
+    (workshop.folder / "train.jsonl").rename(workshop.folder / "renamed.jsonl")
+    found = train("data.train=renamed.jsonl@[:48]")
+    assert found.summary["step"] == 6, "finished, and recognised as such"
+    train("data.train=renamed.jsonl@[:48]", "train.steps=8", "checkpoint.allow_changes=true")
+
+
+def test_a_run_begun_elsewhere_goes_on_in_its_own_folder(train: Train, workshop: Workshop) -> None:
+    train("run.dir=runs/a")
+    further = ("run.dir=runs/b", "checkpoint.resume=runs/a", "train.epochs=2", "checkpoint.allow_changes=true")
+    assert train(*further).summary["step"] == 12
+    lines = [json.loads(line) for line in (workshop.folder / "runs/b/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(7, 13))
+    before = (workshop.folder / "runs/b/metrics.jsonl").read_bytes()
+    assert train(*further).summary["step"] == 12
+    assert (workshop.folder / "runs/b/metrics.jsonl").read_bytes() == before, (
+        "it is finished, and not begun again from a"
+    )
+
+
+def test_the_best_of_another_folder_is_looked_for_anew(train: Train) -> None:
+    train("run.dir=runs/a", "optim.lr=3.0", "optim.schedule=constant")
+    found = train(
+        "run.dir=runs/b", "checkpoint.resume=runs/a", "train.epochs=2", "checkpoint.allow_changes=true",
+        "optim.lr=3.0", "optim.schedule=constant", "evaluate.every=3", "checkpoint.keep_best=true",
+    )  # fmt: skip
+    assert found.summary["best_step"] > 6
+    assert found.export is not None
+
+
+def test_a_dropped_row_at_the_end_is_counted(train: Train, workshop: Workshop) -> None:
+    with (workshop.folder / "train.jsonl").open("a") as file:
+        file.write("broken\n")
+    found = train("data.train=[train.jsonl]", "data.shuffle=false", "data.bad_rows=drop")
+    assert found.summary["rows"] == {"train": {"kept": 96, "bad": 1}}
+
+
+def test_a_file_of_broken_rows_names_the_first(train: Train, workshop: Workshop) -> None:
+    (workshop.folder / "train.jsonl").write_text("{'a': 1}\n" * 3)
+    with pytest.raises(UserError, match=r"none of its rows can be read; the first: train\.jsonl:1: broken JSON"):
+        train("data.train=[train.jsonl]")
+
+
 @pytest.mark.parametrize("changes", [{"vocab_size": 300}, {"max_position_embeddings": 20}])
 def test_a_model_that_does_not_fit_is_refused(train: Train, workshop: Workshop, changes: dict[str, Any]) -> None:
     (workshop.folder / "model" / "config.json").write_text(json.dumps(tiny_config("llama", **changes)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,34 @@ def test_what_is_no_data_set_is_refused(recipe: dict[str, Any]) -> None:
 def test_without_data_the_recipe_is_refused(recipe: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=r"data\.train is empty"):
         burnish.SFT(recipe, model=make_model(), tokenizer=AutoTokenizer.from_pretrained("tokenizer")).train()
+
+
+def test_a_finished_run_gives_its_trained_weights_again(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workshop.folder)
+    path = workshop.recipe(run={"dir": "runs/file", "trackers": []}, data={"workers": 0})
+    first = burnish.SFT(path)
+    trained, first_export = first.train(), first.export("first")
+    again = burnish.SFT(path)
+    assert again.train().summary == trained.summary
+    assert again.evaluate()["eval/loss"] == pytest.approx(trained.summary["final_eval_loss"], rel=1e-6)
+    second_export = again.export("second")
+    assert (first_export / "model.safetensors").read_bytes() == (second_export / "model.safetensors").read_bytes()
+    assert (first_export / "README.md").read_text() == (second_export / "README.md").read_text()
+
+
+def test_training_in_another_thread(recipe: dict[str, Any]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained("tokenizer")
+    sft = burnish.SFT(recipe, model=make_model(), dataset=make_rows(16), tokenizer=tokenizer)
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(sft.train).result().summary["step"] == 2
+
+
+def test_rows_passed_in_leave_no_source_of_the_recipe_unread(recipe: dict[str, Any]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained("tokenizer")
+    sliced = {"path": "a.jsonl", "slice": "0:3"}
+    for sources, message in [(["a.jsonl", "b.jsonl"], "names 2 sources"), ([sliced], r"data\.train\.0\.slice is set")]:
+        changed = recipe | {"data": recipe["data"] | {"train": sources}}
+        with pytest.raises(RecipeError, match=message):
+            burnish.SFT(changed, model=make_model(), dataset=make_rows(16), tokenizer=tokenizer).train()
+    with pytest.raises(burnish.types.UserError, match="holds no rows"):
+        burnish.SFT(recipe, model=make_model(), dataset=[], tokenizer=tokenizer).train()

@@ -118,7 +118,7 @@ def test_a_changed_recipe_is_refused_with_the_difference(workshop) -> None:
     assert "checkpoint.allow_changes" in refused
     with (workshop.folder / "train.jsonl").open("a") as file:
         file.write('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
-    assert "data: train: " in workshop.burnish("sft", str(recipe), status=2)
+    assert "data: data.train.0: " in workshop.burnish("sft", str(recipe), status=2)
     workshop.burnish("sft", str(recipe), "optim.lr=1e-3", "checkpoint.allow_changes=true")
 
 
@@ -148,6 +148,8 @@ def test_a_bad_row_stops_or_is_dropped_and_counted(workshop, prepare: str) -> No
     run = workshop.folder / "runs" / "a"
     output = workshop.burnish("sft", str(recipe), status=1)
     assert "train.jsonl:41" in output
+    assert "data.bad_rows=drop" in output
+    assert ("step 5 is saved" in output) == (prepare == "ahead")
     steps = [line["step"] for line in workshop.metrics() if "loss" in line] if (run / "metrics.jsonl").exists() else []
     assert steps == ([1, 2, 3, 4, 5] if prepare == "ahead" else [])
     if prepare == "ahead":

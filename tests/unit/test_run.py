@@ -1,4 +1,4 @@
-"""Cadences, the lock of a run folder, and files that are whole or not there."""
+"""Cadences, the lock of a run folder, and what is remembered across a resume."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from burnish.config import RecipeError
 from burnish.observe.metrics import Totals
-from burnish.run import Cadence, Progress, RunFolder, write_text
+from burnish.run import Cadence, Progress, RunFolder
 from burnish.types import UserError
 
 
@@ -20,6 +21,7 @@ from burnish.types import UserError
         (100, []),
         (0.25, [3, 6, 9, 12]),
         (0.3, [4, 8, 11]),
+        (0.5, [6, 12]),
         (0.01, list(range(1, 13))),
         ("epoch", [5, 10]),
     ],
@@ -39,18 +41,15 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
 
 
 def test_progress_comes_back_from_its_state() -> None:
-    progress = Progress(7, Totals(1, 2, 3), 0.5, 6, 1, {"step": 6, "eval/loss": 0.5})
+    progress = Progress(7, Totals(1, 2, 3), 8.5, 0.5, 6, 0.6, 1, True, {"step": 6, "eval/loss": 0.5})
     assert Progress.from_state(progress.state_dict()) == progress
 
 
-def test_a_file_is_written_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "a.json"
-    write_text(file, "old")
+def test_fractions_are_exact() -> None:
+    assert [step for step in range(1, 101) if Cadence(0.07, 100).due(step)] == list(range(7, 101, 7))
 
-    def torn(*arguments: object) -> None:
-        raise OSError("disk full")
 
-    monkeypatch.setattr(Path, "replace", torn)
-    with pytest.raises(OSError, match="disk full"):
-        write_text(file, "new")
-    assert file.read_text() == "old"
+def test_a_run_folder_that_cannot_be_made_is_the_recipes_fault(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match=r"run\.dir=.*file cannot be made"), RunFolder(tmp_path / "file").lock():
+        pass

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from burnish.config import DataConfig, SourceConfig
+from burnish.config import DataConfig, RecipeError, SourceConfig
 from burnish.data.conversation import Format, recognise
 from burnish.data.order import Order, hold_out
 from burnish.data.rows import MemoryRows, Rows, open_rows
 from burnish.data.streams import Stream, open_stream
+from burnish.types import RowError, UserError
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Corpus:
         return Order([s.num_rows for s in self.train], [s.config.weight for s in self.train], seed, shuffle)
 
     def fingerprints(self) -> dict[str, str]:
-        """The content of the training rows, by source."""
-        return {source.name: source.rows.fingerprint for source in self.train}
+        """The content of the training rows, by place: a name or a path may change."""
+        return {f"data.train.{place}": source.rows.fingerprint for place, source in enumerate(self.train)}
 
     def facts(self) -> dict[str, Any]:
         """For data.json: files with sizes and hashes, formats and row counts of every source."""
@@ -89,18 +90,42 @@ def open_corpus(data: DataConfig, seed: int, train_rows: Any = None, validation_
 
 def _opened(configs: Sequence[SourceConfig], key: str, given: Any) -> tuple[OpenSource, ...]:
     if given is not None:
-        # The recipe's source, where there is one, says which columns to read.
-        config = configs[0] if configs else SourceConfig(path=key.removeprefix("data."))
-        rows = MemoryRows(given, config.name or config.path)
-        return (OpenSource(config, rows.name, rows, recognise(rows.schema, config, key)),)
+        return (_handed_over(configs, key, given),)
     opened: list[OpenSource] = []
     for number, config in enumerate(configs):
         place = f"{key}.{number}"
         rows = open_stream(config, place) if config.streaming else open_rows(config, place)
+        _check_readable(rows, place)
         taken = {source.name for source in opened}
         name = next(n for n in (rows.name, *(f"{rows.name}-{i}" for i in range(2, 99))) if n not in taken)
         opened.append(OpenSource(config, name, rows, recognise(rows.schema, config, place)))
     return tuple(opened)
+
+
+def _handed_over(configs: Sequence[SourceConfig], key: str, given: Any) -> OpenSource:
+    """Rows passed in from Python; the recipe's one source, where there is one, says which columns to read."""
+    config = configs[0] if configs else SourceConfig(path=key.removeprefix("data."))
+    unread = [name for name in ("slice", "weight", "streaming") if getattr(config, name)]
+    if len(configs) > 1 or unread:
+        fault = f"{key}.0.{unread[0]} is set" if unread else f"{key} names {len(configs)} sources"
+        raise RecipeError(
+            f"{fault}, but its rows are passed in as `dataset`; pass in what is to be used, or name files"
+        )
+    rows = MemoryRows(given, config.name or key.removeprefix("data."))
+    _check_readable(rows, key)
+    return OpenSource(config, rows.name, rows, recognise(rows.schema, config, key))
+
+
+def _check_readable(rows: Rows | Stream, key: str) -> None:
+    """Raises UserError with the first row's fault where no row of a source can be read."""
+    if rows.schema.shapes or not isinstance(rows, Rows):
+        return
+    if not len(rows):
+        raise UserError(f"{key}: it holds no rows")
+    try:
+        rows[0]
+    except RowError as error:
+        raise UserError(f"{key}: none of its rows can be read; the first: {rows.where(0)}: {error}") from None
 
 
 def _split(

@@ -61,9 +61,10 @@ class Feed:
             assert isinstance(source.rows, Rows)
             key = preparer.fingerprint(index)[:32]
             if key not in opened:
-                opened[key] = TokenStore(folder / key, len(source.rows))
+                opened[key] = _open_store(folder / key, len(source.rows))
                 self._exit.callback(opened[key].close)
             stores.append(opened[key])
+        self.keys = frozenset(opened)
         self._prepare = StoredPreparation(pool.map, stores).map
 
     def __enter__(self) -> Feed:
@@ -114,7 +115,7 @@ class Feed:
             more = f"\n  and {len(stopping) - SHOWN} more" if len(stopping) > SHOWN else ""
             listed = "".join(f"\n  {message}" for message in stopping[:SHOWN])
             raise RowsError(
-                f"{len(stopping)} rows cannot be used:{listed}{more}\n"
+                f"{len(stopping)} row{'s' if len(stopping) > 1 else ''} cannot be used:{listed}{more}\n"
                 "mend them, or set data.bad_rows=drop (data.over_long for length) to go on without"
             )
         for index, preparation in zip(indices, found, strict=True):
@@ -133,6 +134,13 @@ class Feed:
         )
         for prepared in self._prepare(chunks):
             yield from prepared
+
+
+def _open_store(folder: Path, num_rows: int) -> TokenStore:
+    try:
+        return TokenStore(folder, num_rows)
+    except OSError as error:
+        raise UserError(f"data.cache: {folder} cannot be written: {error.strerror}; name another folder") from None
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,8 @@ class RowSource:
                 break
             if isinstance(prepared, Rejected):
                 if prepared.kind in self.stop_on:
-                    raise RowsError(prepared.message)
+                    remedy = "; mend it, or set data.bad_rows=drop" if prepared.kind == "bad" else ""
+                    raise RowsError(prepared.message + remedy)
                 seen.append((prepared.source, prepared.kind))
                 if not samples and len(seen) > self.order.epoch_length:
                     raise UserError(
@@ -97,12 +98,24 @@ class RowSource:
                     seen.append((prepared.source, "cut"))
             epoch, position, self._held = row_epoch, row_position + 1, None
             if self.size.unit == "samples" and len(samples) == self.size.count:
+                # Dropped rows behind the last kept one count too, at the end of the data as anywhere.
+                while (dropped := self._dropped_next(epoch)) is not None:
+                    position, rejected = dropped
+                    seen.append((rejected.source, rejected.kind))
                 break
         self.epoch, self.position = epoch, position
         self._stream_starts = {e: start for e, start in self._stream_starts.items() if e >= epoch}
         for source, what in seen:
             self.counts.setdefault(source, Counter())[what] += 1
         return samples
+
+    def _dropped_next(self, epoch: int) -> tuple[int, Rejected] | None:
+        """The next row of this epoch and the place behind it, where it is one to drop; None where it is not."""
+        row_epoch, row_position, prepared = self._peek()
+        if row_epoch != epoch or not isinstance(prepared, Rejected) or prepared.kind in self.stop_on:
+            return None
+        self._held = None
+        return row_position + 1, prepared
 
     def update(self, trainer: Trainer) -> None:
         """Nothing: rows do not depend on the weights."""

@@ -85,6 +85,7 @@ def load(path: str, **arguments: Any) -> Any:
     """`datasets.load_dataset`. Raises UserError where the data set, its configuration or its split is not to be had."""
     import datasets
 
+    datasets.disable_progress_bars()  # they would run through the run's own lines
     try:
         return datasets.load_dataset(path, **arguments)
     except (ConnectionError, FileNotFoundError) as error:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
 
 from burnish.model.attention import Attention, Kernel, attend_sdpa, choose_attention
 from burnish.model.base import CausalLM
@@ -97,6 +98,7 @@ class HFModel(CausalLM):
     def export(self, folder: str | Path, dtype: torch.dtype) -> None:
         """Write weights in `dtype` and configs as `save_pretrained` does, which also undoes renamings of loading."""
         self._use(self.own_attention)
+        logging.disable_progress_bar()
         # Tied weights must stay one tensor, or they would be written twice.
         casts: dict[int, Tensor] = {}
         state = {
@@ -200,6 +202,7 @@ def read_inner(
         raise UserError(
             f"{name}: model_type={raw.get('model_type')!r} is unknown to the installed transformers; {remedy}"
         )
+    logging.disable_progress_bar()  # it would run through the run's own lines
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         name, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype, output_loading_info=True
     )

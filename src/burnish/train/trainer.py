@@ -27,8 +27,6 @@ from burnish.train.loss import CrossEntropy
 from burnish.train.optim import States, build_optimizer, clip_gradients, learning_rate
 from burnish.types import Batch, Loss, Sample, Stats, StepInput, TokenScores, UserError, Weighted
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-
 
 class Clock(Protocol):
     """Times a named part of a step: a context manager by name."""
@@ -131,7 +129,8 @@ class LocalTrainer:
         generator = torch.Generator(self.device)
         parts = []
         for sample in samples:
-            generator.manual_seed(seed_from(self.seed, step, zlib.crc32(sample.source.encode()), sample.index) >> 1)
+            # By content, so that neither the pack nor the source's name has a say.
+            generator.manual_seed(seed_from(self.seed, step, zlib.crc32(sample.tokens.tobytes()), sample.index) >> 1)
             uniform_LD = torch.rand(len(sample.tokens), size, generator=generator, device=self.device) * 2 - 1
             parts.append(uniform_LD * (self.neftune_alpha / (len(sample.tokens) * size) ** 0.5))
         return torch.cat(parts).to(self.scorer.compute)
