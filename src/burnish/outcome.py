@@ -34,6 +34,8 @@ from burnish.types import Sample
 
 PICTURED_ROWS = 2_000
 """Rows of a source from whose lengths the report draws its distribution."""
+LONGEST_CHARACTER = 4
+"""Tokens of one character at most: bytes of UTF-8."""
 KINDS = {"packed": "packed", "rows": "one document a row", "single": "one document a micro-batch"}
 SHOWN_SAMPLES = 3
 """Rendered samples of each source in the report."""
@@ -206,8 +208,18 @@ def _first_rows(feed: Feed, index: int) -> list[Sample]:
 
 
 def _rendered(tokenizer: TextTokenizer, sample: Sample) -> RenderedSample:
-    texts = [tokenizer.decode([token]) for token in sample.tokens]
-    pieces = list(zip(texts, sample.loss_weights.tolist(), strict=True))
+    """Token by token; tokens that hold parts of one character, such as those of an emoji, are shown together."""
+    pieces: list[tuple[str, float]] = []
+    begun: list[int] = []
+    for token, weight in zip(sample.tokens.tolist(), sample.loss_weights.tolist(), strict=True):
+        begun.append(token)
+        text = tokenizer.decode(begun)
+        if "\ufffd" in text and len(begun) < LONGEST_CHARACTER:
+            continue
+        pieces.append((text, weight))
+        begun = []
+    if begun:
+        pieces.append((tokenizer.decode(begun), float(sample.loss_weights[-1])))
     return RenderedSample(sample.source, sample.index, pieces)
 
 
