@@ -236,20 +236,18 @@ class Run:
         """Whether this is the best held-out loss so far, and whether it has fallen enough to go on."""
         progress, stopping, loss = self.progress, self.evaluate_config.early_stopping, line["eval/loss"]
         progress.last_evaluation = line
-        if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
+        finite = math.isfinite(loss)
+        if finite and (progress.best_loss is None or loss < progress.best_loss):
             progress.best_loss, progress.best_step = loss, line["step"]
         if stopping is None:
             return
-        if progress.loss_to_beat is None or loss < progress.loss_to_beat - stopping.min_delta:
+        if finite and (progress.loss_to_beat is None or loss < progress.loss_to_beat - stopping.min_delta):
             progress.loss_to_beat, progress.stale_evaluations = loss, 0
             return
         progress.stale_evaluations += 1
         if progress.stale_evaluations >= stopping.patience:
             progress.stopped_early = True
-            LOG.info(
-                f"the held-out loss has not fallen below {progress.loss_to_beat:.4f} for "
-                f"{progress.stale_evaluations} evaluations: stopping early"
-            )
+            LOG.info(f"no better held-out loss in {progress.stale_evaluations} evaluations: stopping early")
 
     def maybe_save(self, step: int, trainer: Trainer, source: Source) -> None:
         """Save when the cadence or the clock says so, at a new best where that is kept, and at the end."""
