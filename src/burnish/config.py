@@ -273,6 +273,20 @@ class OptimConfig(Section):
     """Share of the run in which wsd decays, at the end."""
 
     @model_validator(mode="after")
+    def _nothing_in_vain(self) -> OptimConfig:
+        if self.schedule == "constant" and self.min_lr > 0:
+            raise ValueError(
+                f"optim.min_lr={self.min_lr:g} has no effect with optim.schedule=constant; "
+                "remove it or take another schedule"
+            )
+        if self.schedule != "wsd" and self.decay_ratio != type(self).model_fields["decay_ratio"].default:
+            raise ValueError(
+                f"optim.decay_ratio={self.decay_ratio:g} has no effect with optim.schedule={self.schedule}; "
+                "remove it or take wsd"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _min_below_peak(self) -> OptimConfig:
         if self.min_lr > self.lr:
             raise ValueError(
@@ -466,6 +480,11 @@ class Recipe(Section):
         if streams and any(s.weight is None for s in self.data.train) and len(self.data.train) > 1:
             raise ValueError(
                 f"data.train mixes the stream {streams[0].path} with other sources; give every source a weight"
+            )
+        if self.optim.name == "sgd" and self.precision.states in ("bf16", "int8"):
+            raise ValueError(
+                f"precision.states={self.precision.states} has no effect with optim.name=sgd, which keeps no states; "
+                "remove it or take adamw"
             )
         evaluated, trained = self.evaluate.tokens_per_micro_batch, self.batch.tokens_per_micro_batch
         if evaluated is not None and evaluated < trained:

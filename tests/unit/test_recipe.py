@@ -50,6 +50,8 @@ def fault(*overrides: str, tree: dict[str, Any] | None = None) -> str:
         ("data.date=tomorrow", "data.date"),
         ("parallel.tp=2", "parallel.tp=2: this version trains on one process; set parallel.tp to 1"),
         ("optim.min_lr=1", "optim.min_lr=1 is above the peak optim.lr=1e-05; set it to 1e-05 or less"),
+        ("optim={schedule: constant, min_lr: 1e-6}", "optim.min_lr=1e-06 has no effect with optim.schedule=constant"),
+        ("optim.decay_ratio=0.2", "optim.decay_ratio=0.2 has no effect with optim.schedule=cosine"),
         ("model.init=config.json", "exactly one of model.path and model.init"),
         ("checkpoint.keep_best=true", "checkpoint.keep_best needs a held-out loss; set data.validation"),
         ("batch.samples=null", "batch.samples=null and batch.tokens=null leave no batch size"),
@@ -67,6 +69,10 @@ def test_a_fault_is_told_in_one_message(override: str, message: str | None) -> N
         assert fault(override)
     else:
         assert message in fault(override)
+
+
+def test_states_that_are_not_kept_cannot_be_narrow() -> None:
+    assert "precision.states=int8 has no effect with optim.name=sgd" in fault("optim.name=sgd", "precision.states=int8")
 
 
 def test_precision_must_nest() -> None:

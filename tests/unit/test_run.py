@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from burnish.config import RecipeError
 from burnish.observe.metrics import Totals
-from burnish.run import Cadence, Progress, RunFolder
+from burnish.run import Cadence, Progress, RunFolder, stop_on_signals
 from burnish.types import UserError
 
 
@@ -53,3 +56,15 @@ def test_a_run_folder_that_cannot_be_made_is_the_recipes_fault(tmp_path: Path) -
     (tmp_path / "file").write_text("")
     with pytest.raises(RecipeError, match=r"run\.dir=.*file cannot be made"), RunFolder(tmp_path / "file").lock():
         pass
+
+
+def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    run: Any = SimpleNamespace(interrupted=None)
+    with stop_on_signals(run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (run.interrupted, ended) == (signal.SIGTERM, [])
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended == [130]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -137,6 +137,7 @@ def open_rows(source: SourceConfig, key: str = "data.train") -> Rows:
     broken as a whole, and where no row is left; a row that is broken by itself raises RowError when it is asked for.
     """
     place = locate(source, key)
+    _check_splits(place, source, key)
     parts = _parts(place, source)
     num_rows = sum(len(part) for part in parts)
     start, stop, _ = slice(*place.bounds).indices(num_rows)
@@ -144,6 +145,16 @@ def open_rows(source: SourceConfig, key: str = "data.train") -> Rows:
         rule = f"its slice keeps none of {num_rows} rows; widen the slice" if num_rows else "it holds no rows"
         raise UserError(f"{key}.path={source.path}: {rule}")
     return Rows(place.name, parts, start, stop)
+
+
+def _check_splits(place: Place, source: SourceConfig, key: str) -> None:
+    """A split or configuration asked for where there is none would be ignored."""
+    if place.files and source.split != "train":
+        raise UserError(
+            f"{key}.split={source.split}: files such as {source.path} have no splits; name that split's file"
+        )
+    if place.hub is None and source.config is not None:
+        raise UserError(f"{key}.config={source.config}: only a hub data set has configurations; remove it")
 
 
 def _parts(place: Place, source: SourceConfig) -> tuple[Part, ...]:

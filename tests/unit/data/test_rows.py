@@ -366,3 +366,12 @@ def test_data_modules_import_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"), [({"split": "test"}, "have no splits"), ({"config": "main"}, "only a hub data set")]
+)
+def test_a_split_of_files_is_refused_not_ignored(tmp_path: Path, keys: dict[str, str], message: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(UserError, match=message):
+        open_rows(SourceConfig(path=str(tmp_path / "a.jsonl"), **keys), "data.train.0")
