@@ -134,14 +134,14 @@ def result_facts(summary: Mapping[str, Any], folder: RunFolder) -> list[tuple[st
     if summary["final_train_loss"] is not None:
         facts.append(("train loss", f"{summary['final_train_loss']:.4f}"))
     if summary["final_eval_loss"] is not None:
-        change = f"{summary['first_eval_loss']:.4f} -> " if summary["first_eval_loss"] is not None else ""
-        facts.append(("held-out loss", f"{change}{summary['final_eval_loss']:.4f}"))
+        first, last = summary["first_eval_loss"], summary["final_eval_loss"]
+        facts.append(("held-out loss", f"{last:.4f}" if first in (None, last) else f"{first:.4f} -> {last:.4f}"))
     changed = [
-        f"{name}: {number} {kind.replace('_', '-')}"
-        for counts in (summary["rows"], summary["held_out_rows"])
+        f"{name}{suffix}: {number} {kind.replace('_', '-')}"
+        for suffix, counts in (("", summary["rows"]), (" (held out)", summary["held_out_rows"]))
         for name, kinds in counts.items()
         for kind, number in kinds.items()
-        if kind != "kept" and number
+        if kind != "kept"
     ]
     if changed:
         facts.append(("dropped or cut", "; ".join(changed)))

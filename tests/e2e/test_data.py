@@ -121,3 +121,20 @@ def test_a_cache_serves_a_second_run(workshop: Workshop) -> None:
     assert {file: file.stat().st_size for file in (workshop.folder / "cache").rglob("rows.bin")} == stores
     first, second = weights(workshop.folder / "runs" / "first"), weights(workshop.folder / "runs" / "second")
     assert all(bool((first[name] == second[name]).all()) for name in first)
+
+
+def test_a_held_out_source_of_which_nothing_is_left_is_said_and_left_out(workshop: Workshop) -> None:
+    write_jsonl(workshop.folder / "silent.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
+    held = ["held.jsonl", "silent.jsonl"]
+    output = workshop.burnish("sft", str(workshop.recipe(data={"validation": held, "bad_rows": "drop"})))
+    assert "no held-out row of silent is left" in output
+    assert "silent (held out): 1 bad" in output
+    assert summary(workshop)["held_out_rows"] == {"held": {"kept": 24}, "silent": {"bad": 1}}
+    assert not any("eval/silent/loss" in line for line in workshop.metrics())
+    refused = workshop.burnish(
+        "sft",
+        str(workshop.recipe(data={"validation": ["silent.jsonl"], "bad_rows": "drop"})),
+        "run.dir=runs/b",
+        status=1,
+    )
+    assert "no held-out row is left: 1 bad" in refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -17,6 +18,8 @@ from burnish.data.rows import Rows
 from burnish.data.source import CHUNK, BatchSize, RowsError, RowSource
 from burnish.data.store import StoredPreparation, TokenStore
 from burnish.types import Sample, Status, UserError
+
+LOG = logging.getLogger(__name__)
 
 SHOWN = 20
 """Bad rows listed in one message."""
@@ -65,6 +68,8 @@ class Feed:
                 self._exit.callback(opened[key].close)
             stores.append(opened[key])
         self.keys = frozenset(opened)
+        self._empty: frozenset[int] = frozenset()
+        """Held-out sources of which no row is left."""
         self._prepare = StoredPreparation(pool.map, stores).map
 
     def __enter__(self) -> Feed:
@@ -81,16 +86,35 @@ class Feed:
 
     def prepare_training(self) -> list[Preparation]:
         """Prepare every training row. Raises RowsError that lists the rows which stop the run."""
-        return self._prepare_all(range(len(self.corpus.train)))
+        found = self._prepare_all(range(len(self.corpus.train)))
+        if not any(source.counts["kept"] for source in found):
+            raise UserError(
+                f"no training row is left: {self._dropped(found)}; look at data.bad_rows and data.over_long"
+            )
+        return found
+
+    def _dropped(self, found: Sequence[Preparation]) -> str:
+        total = sum((preparation.counts for preparation in found), Counter[str]())
+        return ", ".join(f"{number} {kind.replace('_', '-')}" for kind, number in total.items())
 
     def prepare_held_out(self) -> list[Preparation]:
-        """Prepare every held-out row. Raises as `prepare_training`."""
-        return self._prepare_all(range(len(self.corpus.train), len(self.corpus.sources)))
+        """Prepare every held-out row. Raises as `prepare_training`, and UserError where no row at all is left."""
+        first = len(self.corpus.train)
+        found = self._prepare_all(range(first, len(self.corpus.sources)))
+        self._empty = frozenset(first + i for i, source in enumerate(found) if not source.counts["kept"])
+        if found and len(self._empty) == len(found):
+            raise UserError(
+                f"no held-out row is left: {self._dropped(found)}; look at data.bad_rows and data.over_long"
+            )
+        for index in sorted(self._empty):
+            LOG.warning("no held-out row of %s is left, so it is not evaluated", self.corpus.sources[index].name)
+        return found
 
     def held_out(self) -> dict[str, Iterable[Sample]]:
         """The samples of each held-out source, read anew at each pass. `prepare_held_out` comes before."""
         first = len(self.corpus.train)
-        return {source.name: _Kept(self, first + i) for i, source in enumerate(self.corpus.validation)}
+        indices = (first + i for i in range(len(self.corpus.validation)))
+        return {self.corpus.sources[i].name: _Kept(self, i) for i in indices if i not in self._empty}
 
     def _prepare_all(self, indices: Sequence[int]) -> list[Preparation]:
         stopping: list[str] = []
@@ -118,12 +142,6 @@ class Feed:
                 f"{len(stopping)} row{'s' if len(stopping) > 1 else ''} cannot be used:{listed}{more}\n"
                 "mend them, or set data.bad_rows=drop (data.over_long for length) to go on without"
             )
-        for index, preparation in zip(indices, found, strict=True):
-            if not preparation.counts["kept"]:
-                name, dropped = self.corpus.sources[index].name, dict(preparation.counts)
-                raise UserError(
-                    f"no row of {name} is left: {dropped}; look at data.bad_rows, data.over_long and limits"
-                )
         return found
 
     def rows(self, index: int) -> Iterator[Prepared]:
