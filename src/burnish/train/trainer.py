@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from burnish.config import OptimConfig
 from burnish.data.order import seed_from
 from burnish.model.lm_head import score
-from burnish.train.checkpoint import load_checkpoint, save_checkpoint
+from burnish.train.checkpoint import load_checkpoint, read_state, save_checkpoint
 from burnish.train.loss import CrossEntropy
 from burnish.train.optim import States, build_optimizer, clip_gradients, learning_rate
 from burnish.types import Batch, Loss, Sample, Stats, StepInput, TokenScores, UserError, Weighted
@@ -155,22 +155,26 @@ class LocalTrainer:
 
     def save(self, folder: str, state: dict[str, Any]) -> None:
         """Write the checkpoint of the steps finished so far below `folder`."""
-        tensors = self.tensors() | {"rng.cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        save_checkpoint(folder, self.num_steps, tensors, state | {"num_steps": self.num_steps})
+        random = self._random_states()
+        own = {"num_steps": self.num_steps, "random_state_bytes": {kind: len(r) for kind, r in random.items()}}
+        tensors = self.tensors() | {f"rng.{kind}": tensor for kind, tensor in random.items()}
+        save_checkpoint(folder, self.num_steps, tensors, state | own)
 
     def load(self, folder: str) -> dict[str, Any]:
-        """Continue from the checkpoint in `folder`; returns the state it was saved with."""
-        tensors = self.tensors() | {"rng.cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        state = load_checkpoint(folder, tensors)
-        torch.set_rng_state(tensors["rng.cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        """Continue from the checkpoint in `folder`, whatever device wrote it; returns the state it was saved with."""
+        sizes = read_state(folder)["random_state_bytes"]
+        random = {kind: torch.empty(size, dtype=torch.uint8) for kind, size in sizes.items()}
+        state = load_checkpoint(folder, self.tensors() | {f"rng.{kind}": tensor for kind, tensor in random.items()})
+        torch.set_rng_state(random["cpu"])
+        if self.device.type == "cuda" and "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"], self.device)
         self.num_steps = state["num_steps"]
         return state
+
+    def _random_states(self) -> dict[str, torch.Tensor]:
+        """torch's own random states by device, uint8. Training draws from none of them; what a model brings may."""
+        states = {"cpu": torch.get_rng_state()}
+        return states | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
 
     def publish(self) -> Mapping[str, torch.Tensor]:
         """The master weights by their Hugging Face names."""
