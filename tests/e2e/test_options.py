@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from tiny import tiny_config
-from workshop import Workshop
+from workshop import Workshop, weights
 
+from burnish.loop import fit
 from burnish.recipe import recipe_from_dict
 from burnish.sft import SFT, Result
 from burnish.types import UserError
@@ -95,7 +97,6 @@ def test_a_key_changes_nothing_but_rounding(train: Train, override: str) -> None
 
 def test_frozen_parameters_stay(train: Train, workshop: Workshop) -> None:
     import torch
-    from workshop import weights
 
     train("run.dir=runs/none", "optim.lr=1e-30", "checkpoint.export_dtype=fp32")
     train("run.dir=runs/frozen", "model.freeze=[model.layers.*.mlp.*]", "checkpoint.export_dtype=fp32")
@@ -121,11 +122,21 @@ def test_the_best_is_kept_and_exported_and_training_stops_early(train: Train, wo
 
 
 def test_a_nonfinite_step_can_be_skipped(train: Train, workshop: Workshop) -> None:
-    found = train("optim.lr=1e30", "optim.clip_norm=null", "train.on_nonfinite=skip", "checkpoint.export=never").summary
+    wild = ("optim.lr=1e30", "optim.clip_norm=null", "checkpoint.export_dtype=fp32")
+    found = train(*wild, "train.on_nonfinite=skip").summary
     assert found["step"] == 6
     lines = [json.loads(line) for line in (workshop.folder / "runs/a/metrics.jsonl").read_text().splitlines()]
     assert any(line.get("nonfinite_steps") for line in lines)
     assert json.loads((workshop.folder / "runs/a/nonfinite.json").read_text())
+    assert all(bool(w.isfinite().all()) for w in weights(workshop.folder / "runs/a").values()), "none took a bad step"
+
+
+def test_nothing_is_saved_between_a_nonfinite_step_and_the_stop(train: Train, workshop: Workshop) -> None:
+    with pytest.raises(UserError, match="is not finite"):
+        train("optim.lr=1e30", "optim.clip_norm=null", "run.log_every=100", "checkpoint.every=1")
+    bad = json.loads((workshop.folder / "runs/a/nonfinite.json").read_text())[0]["step"]
+    latest = (workshop.folder / "runs/a/checkpoints/latest_checkpointed_iteration.txt").read_text()
+    assert int(latest) == bad - 1
 
 
 def test_exports_at_every_save(train: Train, workshop: Workshop) -> None:
@@ -159,14 +170,23 @@ def test_a_native_model_that_leaks_is_refused(train: Train, monkeypatch: pytest.
         train()
 
 
-def test_a_run_taken_further_is_not_finished_by_its_old_summary(train: Train) -> None:
+def test_a_run_taken_further_is_not_finished_by_its_old_summary(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train().summary["total_steps"] == 6
     further = ("train.epochs=2", "checkpoint.allow_changes=true", "checkpoint.every=1")
-    interrupted = pytest.MonkeyPatch()
-    interrupted.setattr("burnish.sft.fit", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        train(*further)
-    interrupted.undo()
+
+    def fit_one_step(trainer: Any, source: Any, run: Any) -> None:
+        log = run.log
+
+        def log_and_stop(*arguments: Any) -> None:
+            log(*arguments)
+            run.interrupted = signal.SIGTERM
+
+        run.log = log_and_stop
+        fit(trainer, source, run)
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr("burnish.sft.fit", fit_one_step)
+        assert train(*further).interrupted == 143
     assert train(*further).summary["step"] == 12
 
 
