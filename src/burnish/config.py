@@ -197,6 +197,14 @@ class DataConfig(Section):
     """What a cut removes: right the end, left the beginning behind the system turn, turns whole turns from the end."""
     train_on: TrainOn = "assistant"
     """What is trained of a chat: assistant | last | {last_n: 2} | all | {roles: [...]}; message weights go on top."""
+    train_reasoning: bool = True
+    """Whether the reasoning of trained turns is trained, with the marks that the template puts around it."""
+    train_tool_calls: bool = True
+    """Whether the tool calls of trained turns are trained, with the marks that the template puts around them."""
+    turn_per_sample: bool = False
+    """Each trained turn is a sample of its own, under exactly the prompt that inference would give it."""
+    open_turns: Literal["report", "close", "error"] = "report"
+    """A turn that no stop token ends: train it so and count it, end the last one as the template would, or stop."""
     bad_rows: Literal["error", "drop"] = "error"
     """What happens to a row that cannot be read or has nothing to train."""
     shuffle: bool = True
@@ -213,6 +221,8 @@ class DataConfig(Section):
     """File of a Jinja chat template that replaces the tokenizer's; exported with the model."""
     chat_template_kwargs: dict[str, Any] = {}
     """Arguments for the template, such as {enable_thinking: false}; a row's own win."""
+    renderer: str | None = None
+    """A function that writes prompts in place of a chat template: deepseek_v32, or the dotted path of your own."""
 
 
 class BatchConfig(Section):

@@ -7,9 +7,9 @@ Shape suffixes: T tokens and K trained tokens of a pack, N its documents, D hidd
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -60,6 +60,23 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Origin(NamedTuple):
+    """Who wrote a stretch of a rendered conversation: which message (None: none), and what of it.
+
+    `template` is the template's own text, in the turn of `message` or between turns; `tools` the tools' schemas.
+    """
+
+    message: int | None
+    part: Literal["content", "reasoning", "tool_calls", "tools", "template"]
+
+
+Renderer = Callable[
+    [Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]] | None, Mapping[str, Any]], Iterable[tuple[str, Origin]]
+]
+"""(messages, tools, kwargs) to the conversation's text in stretches. The dicts are those that chat templates see;
+kwargs hold `add_generation_prompt` and the recipe's. Raises RowError for what it refuses."""
 
 
 @dataclass(frozen=True, slots=True)
