@@ -42,7 +42,8 @@ _CONTENT = ("content", "value")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _CALLS = ("tool_calls", "function_call")
 _WEIGHT = ("weight", "step_loss_mask", "train", "loss")
-_KNOWN = {*_ROLE, *_CONTENT, *_REASONING, *_CALLS, *_WEIGHT, "name", "tool_call_id"}
+_PLAIN = frozenset({*_ROLE, *_CONTENT})
+_KNOWN = _PLAIN | {*_REASONING, *_CALLS, *_WEIGHT, "name", "tool_call_id"}
 
 _PARTS = {
     "text": "text",
@@ -96,6 +97,8 @@ def _message(raw: Any, where: str) -> Message:
     raw = {key: value for key, value in raw.items() if value is not None}
     role = _one(raw, _ROLE, where)
     content = _one(raw, _CONTENT, where)
+    if isinstance(content, str) and role not in _CALL_ROLES and _PLAIN.issuperset(raw):
+        return Message(_role(role, where), content)  # what most messages are, without a look for anything else
     if role in _CALL_ROLES:
         raw, content = {**raw, "function_call": content}, None
     role = _role(role, where)
@@ -187,11 +190,9 @@ def _reasoning(raw: Mapping[str, Any], parts: Sequence[str], where: str) -> str 
 
 
 def _all_calls(raw: Mapping[str, Any], parts: Sequence[Any], where: str) -> tuple[ToolCall, ...]:
-    places = {
-        "tool_calls": _calls(raw.get("tool_calls", []), f"{where}.tool_calls"),
-        "function_call": _calls(raw.get("function_call", []), f"{where}.function_call"),
-        "its content parts": tuple(call for part in parts for call in _calls(part, f"{where}.content")),
-    }
+    places = {key: _calls(raw[key], f"{where}.{key}") for key in _CALLS if key in raw}
+    if parts:
+        places["its content parts"] = tuple(call for part in parts for call in _calls(part, f"{where}.content"))
     filled = [name for name, calls in places.items() if calls]
     if len(filled) > 1:
         raise RowError(f"{where}: tool calls stand both in {filled[0]} and in {filled[1]}; keep one")
@@ -254,7 +255,7 @@ def _weight(raw: Mapping[str, Any], where: str) -> float | None:
 def _one(raw: Mapping[str, Any], keys: Iterable[str], where: str) -> Any:
     """The value under whichever of the keys is there. Raises RowError where two of them disagree."""
     given = [key for key in keys if key in raw]
-    if any(raw[key] != raw[given[0]] for key in given[1:]):
+    if len(given) > 1 and any(raw[key] != raw[given[0]] for key in given[1:]):
         raise RowError(f"{where}: {' and '.join(given)} say different things; keep one")
     return raw[given[0]] if given else None
 
