@@ -1,7 +1,7 @@
 """Line charts and histograms as SVG text: responsive without scripts, coloured by the page's style sheet.
 
 Positions are percentages of the plot, so that one drawing serves every width and its text keeps its size; only the
-curves themselves are stretched. The page styles the classes used here (`report.py`).
+curves themselves are stretched. The page styles the classes used here (`page.py`).
 """
 
 from __future__ import annotations
