@@ -1,17 +1,19 @@
 """Random access to the rows of .jsonl and .json files, without holding them.
 
-Opening reads a file once, hashes it and keeps the offset of every 32 KiB; a row is found again by reading its block.
-So the index of 10 GB is some 10 MB, and a pickled file is a path and its index: workers open what they read.
+Opening parses a file once, hashes it and keeps the offset of every few KiB; a row is found again by reading its block.
+So the index of 10 GB of lines is some 15 MB, and a pickled file is a path and its index: workers open what they read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,10 +23,15 @@ import orjson
 from burnish.data.schema import Schema, Signature, schema_of, signature
 from burnish.types import RowError, UserError
 
-BLOCK_BYTES = 32_768
+BLOCK_BYTES = 16_384
+ARRAY_BLOCK_BYTES = 4_096
+"""Less than that of lines: to find one row, the elements of a block are parsed, and its lines only split."""
 BOM = b"\xef\xbb\xbf"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SPACE = re.compile(r"[ \t\n\r]*")
+_FIRST_KEY = re.compile(rb'\s*\[\s*(\{\s*"[^"\\]*")')
+_LARGEST_BLOCK_BYTES = 262_144
+_HASHED_BYTES = 16_777_216
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +57,38 @@ class BlockIndex:
 
     def find(self, row: int) -> tuple[int, int]:
         """The block that holds a row, and the row's place in it."""
-        block = int(np.searchsorted(self.firsts, row, side="right")) - 1
+        block = int(self.firsts.searchsorted(row, "right")) - 1
         return block, row - int(self.firsts[block])
 
     def read(self, path: Path, size: int, block: int) -> bytes:
         """The bytes of a block. Raises UserError where the file no longer has the size it was indexed with."""
+        start, stop = int(self.offsets[block]), int(self.offsets[block + 1])
         with path.open("rb") as file:
-            if file.seek(0, 2) != size:
+            if os.fstat(file.fileno()).st_size != size:
                 raise UserError(
                     f"{path} was changed while in use: it had {size} bytes; start again with a file that stays"
                 )
-            file.seek(self.offsets[block])
-            return file.read(int(self.offsets[block + 1] - self.offsets[block]))
+            file.seek(start)
+            return file.read(stop - start)
+
+
+class _LastBlock:
+    """What was read of the last block: a row's place is asked for beside the row, and files are read in order too.
+
+    Stays behind when its file is pickled.
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[int, Any] = (-1, None)
+
+    def get(self, block: int, read: Callable[[int], Any]) -> Any:
+        held = self._held  # one look: another thread may read too
+        if held[0] != block:
+            held = self._held = block, read(block)
+        return held[1]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _LastBlock, ()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -73,6 +100,7 @@ class JsonLines:
     lines: np.ndarray  # int64 [B+1]: lines before each block
     schema: Schema
     facts: FileFacts
+    _last: _LastBlock = field(default_factory=_LastBlock, init=False, repr=False)
 
     def __len__(self) -> int:
         return self.facts.rows
@@ -86,8 +114,11 @@ class JsonLines:
     def _line(self, row: int) -> tuple[int, bytes]:
         """A row's line, counted from 1, and its text."""
         block, place = self.index.find(row)
-        number, text = rows_in(self.index.read(self.path, self.facts.bytes, block))[place]
+        number, text = self._last.get(block, self._read)[place]
         return int(self.lines[block]) + number, text
+
+    def _read(self, block: int) -> list[tuple[int, bytes]]:
+        return rows_in(self.index.read(self.path, self.facts.bytes, block))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -98,14 +129,18 @@ class JsonArray:
     index: BlockIndex
     schema: Schema
     facts: FileFacts
+    _last: _LastBlock = field(default_factory=_LastBlock, init=False, repr=False)
 
     def __len__(self) -> int:
         return self.facts.rows
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         block, place = self.index.find(row)
-        text = self.index.read(self.path, self.facts.bytes, block).decode().rstrip().removesuffix(",")
+        text = self._last.get(block, self._read)
         return _checked_row(json.loads(f"[{text}]")[place], text)
+
+    def _read(self, block: int) -> str:
+        return self.index.read(self.path, self.facts.bytes, block).decode().rstrip().removesuffix(",")
 
     def where(self, row: int) -> str:
         return f"{self.path.name}[{row}]"
@@ -113,24 +148,22 @@ class JsonArray:
 
 def open_lines(path: Path) -> JsonLines:
     """Index, hash and scan a .jsonl file in one pass. Raises UserError where it is a .json array under a wrong name."""
-    digest = hashlib.blake2b(digest_size=16)
     signatures: Counter[Signature] = Counter()
-    with path.open("rb") as file:
+    with path.open("rb") as file, ThreadPoolExecutor(1) as beside:
+        digest = beside.submit(file_hash, path)  # hashing lets other threads run
         begin = skip_bom(file)
         if _is_array(file, path.stat().st_size):
             raise UserError(f"{path} holds a JSON array, not one JSON object per line; rename it to {path.stem}.json")
         file.seek(begin)
-        digest.update(BOM[:begin])
         offsets, firsts, lines = [begin], [0], [0]
         for block in _blocks(file):
             rows = rows_in(block)
             signatures.update(signatures_of(text for _, text in rows))
-            digest.update(block)
             offsets.append(offsets[-1] + len(block))
             firsts.append(firsts[-1] + len(rows))
             lines.append(lines[-1] + block.count(b"\n"))
     index = BlockIndex(np.array(offsets), np.array(firsts))
-    facts = FileFacts(str(path), offsets[-1], index.num_rows, digest.hexdigest())
+    facts = FileFacts(str(path), offsets[-1], index.num_rows, digest.result())
     return JsonLines(path, index, np.array(lines), schema_of(signatures), facts)
 
 
@@ -140,24 +173,10 @@ def open_array(path: Path) -> JsonArray:
     Raises UserError with line and column where it is broken, and where it is no array.
     """
     data = path.read_bytes()
-    text = _decoded(path, data)
-    signatures: Counter[Signature] = Counter()
-    offsets, firsts, begin, num_rows = [0], [0], 0, 0
-    for start, row in _elements(path, text):
-        if num_rows == 0:
-            begin = start
-            offsets[0] = _num_bytes(text, 0, start) + len(data) - len(data.removeprefix(BOM))
-        elif start - begin >= BLOCK_BYTES:
-            offsets.append(offsets[-1] + _num_bytes(text, begin, start))
-            firsts.append(num_rows)
-            begin = start
-        num_rows += 1
-        if isinstance(row, dict):
-            signatures[signature(row)] += 1
-    end = text.rindex("]")
-    index = BlockIndex(np.array([*offsets, offsets[-1] + _num_bytes(text, begin, end)]), np.array([*firsts, num_rows]))
-    facts = FileFacts(str(path), len(data), num_rows, hashlib.blake2b(data, digest_size=16).hexdigest())
-    return JsonArray(path, index, schema_of(signatures), facts)
+    with ThreadPoolExecutor(1) as beside:
+        digest = beside.submit(file_hash, path)
+        index, schema = _index_by_seams(data) or _index_by_elements(path, data)
+    return JsonArray(path, index, schema, FileFacts(str(path), len(data), index.num_rows, digest.result()))
 
 
 def parse_row(text: bytes) -> dict[str, Any]:
@@ -201,6 +220,15 @@ def signatures_of(texts: Iterable[bytes]) -> Iterator[Signature]:
             yield signature(row)
 
 
+def file_hash(path: Path) -> str:
+    """blake2b of a file's bytes, hex. In pieces so large that a thread of its own seldom waits for another to yield."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while piece := file.read(_HASHED_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def skip_bom(file: BinaryIO) -> int:
     """Stand behind a byte order mark; its length."""
     length = len(BOM) if file.read(len(BOM)) == BOM else 0
@@ -238,6 +266,55 @@ def _decoded(path: Path, data: bytes) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start + 1}; save it as UTF-8") from None
+
+
+def _index_by_seams(data: bytes) -> tuple[BlockIndex, Schema] | None:
+    """Index and schema of an array whose elements begin with the same key; None where it is any other, or broken.
+
+    A block ends where that beginning follows a comma. That this is between elements and not inside one is certain, as
+    what lies before it parses as a list.
+    """
+    beginning = _FIRST_KEY.match(data, len(BOM) if data.startswith(BOM) else 0)
+    if beginning is None:
+        return None
+    seam = re.compile(rb"\}[ \t\n\r]*,[ \t\n\r]*(?=" + re.escape(beginning[1]) + rb")")
+    signatures: Counter[Signature] = Counter()
+    offsets, firsts = [beginning.start(1)], [0]
+    while offsets[-1] < len(data):
+        begin = offsets[-1]
+        found = seam.search(data, begin + ARRAY_BLOCK_BYTES)
+        text = b"[" + data[begin : found.start() + 1] + b"]" if found else b"[" + data[begin:]
+        try:
+            rows = orjson.loads(text)
+        except orjson.JSONDecodeError:
+            return None
+        if len(rows) > 1 and len(text) > _LARGEST_BLOCK_BYTES:
+            return None
+        signatures.update([signature(row) for row in rows if isinstance(row, dict)])
+        offsets.append(found.end() if found else len(data))
+        firsts.append(firsts[-1] + len(rows))
+    offsets[-1] = data.rindex(b"]")
+    return BlockIndex(np.array(offsets), np.array(firsts)), schema_of(signatures)
+
+
+def _index_by_elements(path: Path, data: bytes) -> tuple[BlockIndex, Schema]:
+    """Index and schema of any array, parsed element by element. Raises UserError where it is broken."""
+    text = _decoded(path, data)
+    signatures: Counter[Signature] = Counter()
+    offsets, firsts, begin, num_rows = [0], [0], 0, 0
+    for start, row in _elements(path, text):
+        if num_rows == 0:
+            begin = start
+            offsets[0] = _num_bytes(text, 0, start) + len(data) - len(data.removeprefix(BOM))
+        elif start - begin >= ARRAY_BLOCK_BYTES:
+            offsets.append(offsets[-1] + _num_bytes(text, begin, start))
+            firsts.append(num_rows)
+            begin = start
+        num_rows += 1
+        if isinstance(row, dict):
+            signatures[signature(row)] += 1
+    offsets.append(offsets[-1] + _num_bytes(text, begin, text.rindex("]")))
+    return BlockIndex(np.array(offsets), np.array([*firsts, num_rows])), schema_of(signatures)
 
 
 def _num_bytes(text: str, start: int, stop: int) -> int:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import reduce
+from itertools import accumulate
 from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -55,6 +57,11 @@ class Rows:
     parts: tuple[Part, ...]
     start: int
     stop: int
+    _firsts: tuple[int, ...] = field(init=False, repr=False)
+    """The row that each part begins with, before slicing; a part without rows is never found."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_firsts", tuple(accumulate(map(len, self.parts[:-1]), initial=0)))
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -88,11 +95,8 @@ class Rows:
         if not 0 <= row < len(self):
             raise IndexError(f"{self.name} has {len(self)} rows, and {row} is none of them")
         place = self.start + row
-        for part in self.parts:
-            if place < len(part):
-                return part, place
-            place -= len(part)
-        raise AssertionError(f"{self.name}: row {row} lies behind all parts")
+        number = bisect_right(self._firsts, place) - 1
+        return self.parts[number], place - self._firsts[number]
 
 
 class MemoryRows(Rows):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from burnish.data.json_files import FileFacts
+from burnish.data.json_files import FileFacts, file_hash
 from burnish.data.schema import Fill, Schema, Signature, schema_of
 from burnish.types import UserError
 
@@ -49,11 +49,7 @@ def open_parquet(path: Path) -> Table:
     dataset = load("parquet", data_files=str(path), split="train")
     schema, _ = _scan(dataset)
     _refuse_media(dataset, schema, path.name)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
-    return Table(
-        dataset, path.name, schema, FileFacts(str(path), path.stat().st_size, len(dataset), digest.hexdigest())
-    )
+    return Table(dataset, path.name, schema, FileFacts(str(path), path.stat().st_size, len(dataset), file_hash(path)))
 
 
 def open_saved(folder: Path, split: str) -> Table:

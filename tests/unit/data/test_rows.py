@@ -149,6 +149,48 @@ def test_array_elements_come_back(
     assert [rows[i] for i in range(len(rows))] == elements
 
 
+nested = st.recursive(
+    st.integers() | st.floats(allow_nan=False) | st.sampled_from(['}, {"a"', "é" * 3_000, "\\", '"', "]"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.fixed_dictionaries({"a": nested, "b": nested}) | nested, min_size=1, max_size=30),
+    st.sampled_from([None, 0, 2]),
+    st.booleans(),
+)
+def test_an_array_is_cut_between_its_elements_alone(
+    tmp_path_factory: pytest.TempPathFactory, elements: list[Any], indent: int | None, ascii: bool
+) -> None:
+    elements = [{"a": "first"}, *elements]
+    path = tmp_path_factory.mktemp("array") / "x.json"
+    path.write_text(json.dumps(elements, ensure_ascii=ascii, indent=indent), "utf-8")
+    rows = opened(path)
+    assert len(rows) == len(elements)
+    for number, element in enumerate(elements):
+        if isinstance(element, dict):
+            assert rows[number] == element
+        else:
+            with pytest.raises(RowError, match="not a JSON object"):
+                rows[number]
+
+
+def test_an_array_that_only_the_standard_parser_reads(tmp_path: Path) -> None:
+    elements = [{"a": "x" * 3_000, "b": float("inf")}, *[{"a": "y" * 3_000, "b": 10**30}] * 5]
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(elements))
+    assert [opened(path)[i] for i in range(6)] == elements
+
+
+def test_rows_of_many_parts_are_found_past_empty_ones() -> None:
+    parts = [MemoryRows(ROWS[start:stop]).parts[0] for start, stop in ((0, 0), (0, 3), (3, 3), (3, 3), (3, 7), (7, 7))]
+    rows = Rows("many", tuple(parts), 1, 6)
+    assert [rows[i] for i in range(len(rows))] == ROWS[1:6]
+
+
 bound = st.none() | st.integers(-12, 12)
 
 
