@@ -87,6 +87,28 @@ def bars(edges: Sequence[int], counts: Sequence[int], unit: str) -> str:
     return f'<svg class="bars" role="img" aria-label="distribution of {html.escape(unit)}">{drawn}</svg>'
 
 
+def histogram(title: str, note: str, edges: Sequence[int], counts: Sequence[int], unit: str) -> str:
+    """A `<figure>` with axes and a read-out: bar i counts rows from edges[i] up to, but not including, edges[i + 1]."""
+    high = 1.06 * max(1, *counts)
+    x_axis = _Axis(edges[0], edges[-1], nice_ticks(edges[0], edges[-1], whole=True))
+    y_axis = _Axis(0, high, nice_ticks(0, high, whole=True))
+    drawn = []
+    for (start, end), count in zip(pairwise(edges), counts, strict=True):
+        left, width, height = x_axis.percent(start), x_axis.percent(end) - x_axis.percent(start), y_axis.percent(count)
+        place = f'x="{left:.2f}%" width="{width:.2f}%"'
+        drawn.append(
+            f'<rect class="bar" x="{left:.2f}%" width="{width * 0.92:.2f}%" y="{100 - height:.2f}%" '
+            f'height="{height:.2f}%"/><g class="hit"><rect {place} height="100%"/>'
+            f'<text x="100%" y="-7" text-anchor="end">{start:,} to {end - 1:,} {unit}: {count:,} rows</text></g>'
+        )
+    label = html.escape(f"{title}: {note}", quote=True)
+    return (
+        f'<figure class="chart"><figcaption><b>{html.escape(title)}</b><span class="key">{html.escape(note)}</span>'
+        f'</figcaption><div class="plot"><svg role="img" aria-label="{label}">{_grid(x_axis, y_axis)}{"".join(drawn)}'
+        "</svg></div></figure>"
+    )
+
+
 def thin(points: Sequence[Point], num_buckets: int = _MAX_BUCKETS) -> list[Point]:
     """At most two points for each of `num_buckets` stretches, the lowest and the highest, so that no spike is lost.
 

@@ -133,7 +133,7 @@ figcaption b { font-weight: 600; }
   fill: none; stroke: currentColor; stroke-width: 1.75; stroke-linejoin: round; vector-effect: non-scaling-stroke;
 }
 .raw { stroke-width: 1; opacity: .3; }
-.dot { fill: currentColor; }
+.dot { fill: currentColor; } .bar { fill: var(--c0); }
 .c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); }
 .c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color: var(--c5); }
 .hit { opacity: 0; } .hit:hover { opacity: 1; }
