@@ -68,12 +68,18 @@ def test_shared_tokenizers(shared: Path, name: str) -> None:
 
 def token(content: str, **flags: bool) -> dict[str, Any]:
     return {
-        "content": content, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False,
-        "special": True, **flags,
-    }  # fmt: skip
+        "content": content,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "single_word": False,
+        "special": True,
+        **flags,
+    }
 
 
 DECODER = {"0": token("<|endoftext|>"), "1": token("<|im_start|>"), "2": token("<|im_end|>")}
+PAD = {"__type": "AddedToken", **token("<pad>", lstrip=True)}
 QWEN2 = {"tokenizer_class": "Qwen2Tokenizer"}
 TRICKY: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -86,7 +92,7 @@ TRICKY: dict[str, dict[str, Any]] = {
         }
     },
     "flags that differ": {"settings": {"added_tokens_decoder": {**DECODER, "2": token("<|im_end|>", rstrip=True)}}},
-    "named tokens that tokenizer.json lacks": {"settings": {"bos_token": "<s>", "pad_token": {"__type": "AddedToken", **token("<pad>", lstrip=True)}}},
+    "named tokens that tokenizer.json lacks": {"settings": {"bos_token": "<s>", "pad_token": PAD}},
     "tokens of a model's own": {"settings": {"image_token": "<image>", "extra_special_tokens": {"video_token": "<v>"}}},
     "extra tokens": {"settings": {"extra_special_tokens": ["<new>", "<old>", "<|im_end|>"]}},
     "additional tokens": {"settings": {"additional_special_tokens": ["<new>"]}},
@@ -96,10 +102,11 @@ TRICKY: dict[str, dict[str, Any]] = {
     "a list of templates": {
         "settings": {
             "chat_template": [
-                {"name": "default", "template": "a{{ messages }}"}, {"name": "tool_use", "template": "b{{ tools }}"},
+                {"name": "default", "template": "a{{ messages }}"},
+                {"name": "tool_use", "template": "b{{ tools }}"},
             ]
         }
-    },  # fmt: skip
+    },
     "a template file beside the configuration's": {"files": {"chat_template.jinja": "from the file {{ messages }}"}},
     "additional template files": {
         "files": {"chat_template.jinja": "one", "additional_chat_templates/tool_use.jinja": "two"}
@@ -116,27 +123,36 @@ TRICKY: dict[str, dict[str, Any]] = {
     "padding and truncation": {
         "document": {
             "padding": {
-                "strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-                "pad_type_id": 0, "pad_token": "<|endoftext|>",
+                "strategy": "BatchLongest",
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "<|endoftext|>",
             },
             "truncation": {"direction": "Right", "max_length": 512, "strategy": "LongestFirst", "stride": 0},
         },
         "without": ("pad_token",),
-    },  # fmt: skip
+    },
     "the old generic class": {"settings": {"tokenizer_class": "PreTrainedTokenizerFast"}},
     "Llama's class over byte-level tokens": {"settings": {"tokenizer_class": "LlamaTokenizerFast"}},
     "Llama's class in a Llama folder": {
-        "settings": {"tokenizer_class": "LlamaTokenizer"}, "files": {"config.json": {"model_type": "llama"}},
+        "settings": {"tokenizer_class": "LlamaTokenizer"},
+        "files": {"config.json": {"model_type": "llama"}},
     },
     "Qwen2's class": {"settings": QWEN2},
     "Qwen2's class without eos": {"settings": QWEN2, "without": ("eos_token", "pad_token")},
     "Qwen2's class with tokens of its own": {
-        "settings": {**QWEN2, "added_tokens_decoder": {**DECODER, "600": token("<new>")}, "extra_special_tokens": ["<old>"]}
+        "settings": {
+            **QWEN2,
+            "added_tokens_decoder": {**DECODER, "600": token("<new>")},
+            "extra_special_tokens": ["<old>"],
+        }
     },
     "Qwen2's class in a Qwen3 folder": {"settings": QWEN2, "files": {"config.json": {"model_type": "qwen3"}}},
     "a Qwen2 folder with the generic class": {"files": {"config.json": {"model_type": "qwen2"}}},
     "a Llama folder with the generic class": {"files": {"config.json": {"model_type": "llama"}}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", TRICKY)
