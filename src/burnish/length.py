@@ -7,11 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
 
-import numpy as np
-
 from burnish.config import Recipe, RecipeError
 from burnish.data.order import Order
-from burnish.data.source import BatchSize, count_steps
+from burnish.data.source import BatchSize, SampleLengths, count_steps
 
 
 @dataclass(frozen=True)
@@ -27,16 +25,23 @@ def needs_every_row(recipe: Recipe, order: Order) -> str | None:
     wants_epochs = "epoch" in (recipe.checkpoint.every, recipe.evaluate.every)
     if not order.has_epochs or (recipe.train.steps is not None and not wants_epochs):
         return None
+    return _unknown_steps(recipe)
+
+
+def _unknown_steps(recipe: Recipe) -> str | None:
+    """What makes the steps of an epoch depend on more than the number of its rows."""
     if recipe.batch.size[0] == "tokens":
         return f"batch.tokens={recipe.batch.tokens}"
+    if recipe.data.turn_per_sample:
+        return "data.turn_per_sample=true"
     dropping = [f"data.{k}=drop" for k in ("bad_rows", "over_long") if getattr(recipe.data, k) == "drop"]
     return dropping[0] if dropping else None
 
 
-def run_length(recipe: Recipe, order: Order, row_lengths: Sequence[np.ndarray] | None = None) -> RunLength:
+def run_length(recipe: Recipe, order: Order, lengths: Sequence[SampleLengths] | None = None) -> RunLength:
     """The length of the run that `recipe` asks for over rows in `order`.
 
-    `row_lengths` has the tokens of every row by source, 0 for a dropped one; it is needed where `needs_every_row`.
+    `lengths` are those of every source's samples; they are needed where `needs_every_row`.
     Raises RecipeError where the recipe speaks of epochs and the data has none.
     """
     if not order.has_epochs:
@@ -48,15 +53,16 @@ def run_length(recipe: Recipe, order: Order, row_lengths: Sequence[np.ndarray] |
         assert recipe.train.steps is not None, "the recipe asks for steps where data has no end"
         return RunLength(recipe.train.steps)
     size = BatchSize(*recipe.batch.size)
-    if row_lengths is None and (size.unit == "tokens" or needs_every_row(recipe, order)):
-        assert recipe.train.steps is not None, f"the length depends on every row: {needs_every_row(recipe, order)}"
+    unknown = _unknown_steps(recipe)
+    if lengths is None and unknown is not None:
+        assert recipe.train.steps is not None, f"the length depends on every row: {unknown}"
         return RunLength(recipe.train.steps)
 
     def steps_of_epochs() -> Iterator[int]:
         epoch = 0
         while True:
-            if row_lengths is not None:
-                yield max(1, count_steps(order, row_lengths, size, epoch))
+            if lengths is not None:
+                yield max(1, count_steps(order, lengths, size, epoch))
             else:
                 yield -(-order.epoch_length // size.count)
             epoch += 1

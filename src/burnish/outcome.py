@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from burnish.components import Components
 from burnish.data.chat import TextTokenizer
 from burnish.data.feed import Feed, Preparation
+from burnish.data.prepare import DROPPED, count_rows
 from burnish.data.rows import Rows
 from burnish.files import write_whole
 from burnish.length import RunLength
@@ -37,6 +38,8 @@ PICTURED_ROWS = 2_000
 LONGEST_CHARACTER = 4
 """Tokens of one character at most: bytes of UTF-8."""
 KINDS = {"packed": "packed", "rows": "one document a row", "single": "one document a micro-batch"}
+ORDINARY = ("rows", "samples", "kept")
+"""What is counted of every source; the other kinds are told of where there are any."""
 SHOWN_SAMPLES = 3
 """Rendered samples of each source in the report."""
 
@@ -96,7 +99,10 @@ def summarise(
     held_out_counts: Mapping[str, Mapping[str, int]],
     export: Path | None,
 ) -> dict[str, Any]:
-    """summary.json. Times, totals and counts of rows are of the whole run, over all starts and epochs."""
+    """summary.json. Times, totals and counts of rows are of the whole run, over all starts and epochs.
+
+    `counts` and `held_out_counts` are by source, as `counted` names them.
+    """
     progress = run.progress
     run.count_time()
     lines = read(run.folder.metrics)
@@ -117,8 +123,8 @@ def summarise(
         "final_eval_loss": progress.last_evaluation.get("eval/loss"),
         "best_eval_loss": progress.best_loss,
         "best_step": progress.best_step,
-        "rows": counts,
-        "held_out_rows": held_out_counts,
+        "rows": {name: count_rows(of_source) for name, of_source in counts.items()},
+        "held_out_rows": {name: count_rows(of_source) for name, of_source in held_out_counts.items()},
         "export": None if export is None else str(export),
     }
 
@@ -136,21 +142,32 @@ def result_facts(summary: Mapping[str, Any], folder: RunFolder) -> list[tuple[st
     if summary["final_eval_loss"] is not None:
         first, last = summary["first_eval_loss"], summary["final_eval_loss"]
         facts.append(("held-out loss", f"{last:.4f}" if first in (None, last) else f"{first:.4f} -> {last:.4f}"))
-    changed = [
-        f"{name}{suffix}: {number} {kind.replace('_', '-')}"
-        for suffix, counts in (("", summary["rows"]), (" (held out)", summary["held_out_rows"]))
-        for name, kinds in counts.items()
-        for kind, number in kinds.items()
-        if kind != "kept"
-    ]
+    changed = _told(summary, lambda kind: kind in ("cut", *DROPPED))
     if changed:
-        facts.append(("dropped or cut", "; ".join(changed)))
+        facts.append(("dropped or cut", changed))
+    noticed = _told(summary, lambda kind: kind not in (*ORDINARY, "cut", *DROPPED))
+    if noticed:
+        facts.append(("noticed", noticed))
+    several = _told(summary, lambda kind: kind in ("rows", "samples"))
+    if several:
+        facts.append(("samples of rows", several))
     if summary["export"] is not None:
         facts.append(("export", summary["export"]))
     facts += [("report", str(folder.report)), ("metrics", str(folder.metrics))]
     if summary["export"] is not None:
         facts.append(("next", f"burnish chat {summary['export']}"))
     return facts
+
+
+def _told(summary: Mapping[str, Any], is_told: Callable[[str], bool]) -> str:
+    """The counts of these kinds, by source; empty where there are none."""
+    return "; ".join(
+        f"{name}{suffix}: {number:,} {kind.replace('_', '-')}"
+        for suffix, counts in (("", summary["rows"]), (" (held out)", summary["held_out_rows"]))
+        for name, kinds in counts.items()
+        for kind, number in kinds.items()
+        if is_told(kind)
+    )
 
 
 def write_run_report(
@@ -161,7 +178,11 @@ def write_run_report(
     length: RunLength,
     summary: Mapping[str, Any],
 ) -> None:
-    """report.html, from what the run left in its folder and from the first rows of its sources."""
+    """report.html, from what the run left in its folder and from the first rows of its sources.
+
+    data.json gets the counts of each source, which `write_facts` could not know yet.
+    """
+    _write_counts(folder, summary)
     answers = folder.answers.read_text(encoding="utf-8").splitlines() if folder.answers.exists() else []
     metrics = read(folder.metrics)
     pictured = [_first_rows(feed, index) for index in range(len(parts.corpus.train))]
@@ -172,18 +193,18 @@ def write_run_report(
             summary["rows"].get(source.name, {}),
             sum(line.get(f"tokens/{source.name}", 0) for line in metrics),
             sum(line.get(f"trained_tokens/{source.name}", 0) for line in metrics),
-            LengthDistribution.of([len(row.tokens) for row in rows]),
+            LengthDistribution.of([len(sample.tokens) for sample in samples]),
         )
-        for source, rows in zip(parts.corpus.train, pictured, strict=True)
+        for source, samples in zip(parts.corpus.train, pictured, strict=True)
     ]
     evaluated = [
         _source_summary(
             source.name,
             "validation",
-            found.counts,
-            int(found.lengths.sum()),
+            summary["held_out_rows"][source.name],
+            int(found.lengths.tokens.sum()),
             found.num_trained,
-            LengthDistribution.of(found.lengths[found.lengths > 0].tolist()),
+            LengthDistribution.of(found.lengths.tokens.tolist()),
         )
         for source, found in zip(parts.corpus.validation, held_out, strict=True)
     ]
@@ -193,18 +214,27 @@ def write_run_report(
         summary=result_facts(summary, folder),
         metrics=metrics,
         sources=[*trained, *evaluated],
-        samples=[_rendered(parts.text_tokenizer, row) for rows in pictured for row in rows[:SHOWN_SAMPLES]],
+        samples=[_rendered(parts.text_tokenizer, one) for samples in pictured for one in samples[:SHOWN_SAMPLES]],
         generations=[Generation(**json.loads(line)) for line in answers],
         recipe=dump(parts.recipe),
     )
     write_report(folder.report, report)
 
 
+def _write_counts(folder: RunFolder, summary: Mapping[str, Any]) -> None:
+    facts = json.loads((folder.path / "data.json").read_text(encoding="utf-8"))
+    for part, counts in (("train", summary["rows"]), ("validation", summary["held_out_rows"])):
+        for source in facts[part]:
+            source["counts"] = counts.get(source["name"], {})
+    folder.write_json("data.json", facts)
+
+
 def _first_rows(feed: Feed, index: int) -> list[Sample]:
-    """The kept ones of a source's first rows: enough for a picture of it. None of a stream, which has no first rows."""
+    """The samples of a source's first rows: enough for a picture of it. None of a stream, which has no first rows."""
     if not isinstance(feed.corpus.train[index].rows, Rows):
         return []
-    return [row for row in islice(feed.rows(index), PICTURED_ROWS) if isinstance(row, Sample)]
+    rows = islice(feed.rows(index), PICTURED_ROWS)
+    return [prepared for row in rows for prepared in row if isinstance(prepared, Sample)]
 
 
 def _rendered(tokenizer: TextTokenizer, sample: Sample) -> RenderedSample:
@@ -226,8 +256,7 @@ def _rendered(tokenizer: TextTokenizer, sample: Sample) -> RenderedSample:
 def _source_summary(
     name: str, split: str, counts: Mapping[str, int], tokens: int, num_trained: int, lengths: LengthDistribution | None
 ) -> SourceSummary:
-    dropped = {kind.replace("_", "-"): n for kind, n in counts.items() if kind not in ("kept", "cut")}
+    dropped = {kind.replace("_", "-"): n for kind, n in counts.items() if kind in DROPPED}
     kept = counts.get("kept", 0)
-    return SourceSummary(
-        name, split, kept + sum(dropped.values()), kept, dropped, counts.get("cut", 0), tokens, num_trained, lengths
-    )
+    rows = counts.get("rows", kept + sum(dropped.values()))
+    return SourceSummary(name, split, rows, kept, dropped, counts.get("cut", 0), tokens, num_trained, lengths)

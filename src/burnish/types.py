@@ -110,7 +110,9 @@ class Sample:
     """One training sequence.
 
     `tokens` is int32 [L]; `loss_weights` is float32 [L], the weight with which token i is predicted, so index 0 is 0.
-    `index` counts the rows of the source `source` from 0. The fields from `advantages` on are RL's.
+    `index` counts the rows of the source `source` from 0; `turn` is the message trained where a row gives a sample for
+    each turn. `notices` are the kinds of what was found in the row that its reader should know of. The fields from
+    `advantages` on are RL's.
     """
 
     tokens: np.ndarray
@@ -120,6 +122,8 @@ class Sample:
     status: Status = Status.COMPLETE
     metadata: Mapping[str, Any] = field(default_factory=dict)
     label: Any = None
+    turn: int | None = None
+    notices: tuple[str, ...] = ()
     advantages: np.ndarray | None = None
     logprobs: np.ndarray | None = None
     weight_version: int | None = None
@@ -130,7 +134,7 @@ class Sample:
 
     @property
     def id(self) -> str:
-        return f"{self.source}:{self.index}"
+        return f"{self.source}:{self.index}" + ("" if self.turn is None else f":{self.turn}")
 
     @property
     def num_trained(self) -> int:

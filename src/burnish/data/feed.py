@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -13,11 +14,11 @@ import numpy as np
 
 from burnish.data.corpus import Corpus
 from burnish.data.order import Order
-from burnish.data.prepare import Item, Prepared, PreparePool, Preparer, Rejected
+from burnish.data.prepare import DROPPED, Item, PreparedRow, PreparePool, Preparer, Rejected, counted, counts_text
 from burnish.data.rows import Rows
-from burnish.data.source import CHUNK, BatchSize, RowsError, RowSource
+from burnish.data.source import CHUNK, BatchSize, RowsError, RowSource, SampleLengths
 from burnish.data.store import StoredPreparation, TokenStore
-from burnish.types import Sample, Status, UserError
+from burnish.types import Sample, UserError
 
 LOG = logging.getLogger(__name__)
 
@@ -27,12 +28,12 @@ SHOWN = 20
 
 @dataclass
 class Preparation:
-    """What preparing all rows of a source found. `lengths` are tokens by row, 0 for a row that is dropped."""
+    """What preparing all rows of a source found; `num_trained` are tokens of the kept samples."""
 
-    lengths: np.ndarray
+    lengths: SampleLengths
     num_trained: int = 0
     counts: Counter[str] = field(default_factory=Counter)
-    """Rows `kept`, `cut` (also kept), `bad` and `over_long`."""
+    """As `counted` names them."""
 
 
 class Feed:
@@ -95,7 +96,7 @@ class Feed:
 
     def _dropped(self, found: Sequence[Preparation]) -> str:
         total = sum((preparation.counts for preparation in found), Counter[str]())
-        return ", ".join(f"{number} {kind.replace('_', '-')}" for kind, number in total.items())
+        return ", ".join(f"{total[kind]} {kind.replace('_', '-')}" for kind in DROPPED if total[kind])
 
     def prepare_held_out(self) -> list[Preparation]:
         """Prepare every held-out row. Raises as `prepare_training`, and UserError where no row at all is left."""
@@ -117,34 +118,38 @@ class Feed:
         return {self.corpus.sources[i].name: _Kept(self, i) for i in indices if i not in self._empty}
 
     def _prepare_all(self, indices: Sequence[int]) -> list[Preparation]:
-        stopping: list[str] = []
-        found = []
-        for index in indices:
-            source = self.corpus.sources[index]
-            numbers = source.row_numbers()
-            preparation = Preparation(np.zeros(len(numbers), np.int32))
-            for place, row in enumerate(self.rows(index)):
-                if isinstance(row, Rejected):
-                    preparation.counts[row.kind] += 1
-                    if row.kind in self.stop_on:
-                        stopping.append(row.message)
-                    continue
-                preparation.lengths[place] = len(row.tokens)
-                preparation.num_trained += row.num_trained
-                preparation.counts["kept"] += 1
-                if row.status is Status.TRUNCATED:
-                    preparation.counts["cut"] += 1
-            found.append(preparation)
+        found = [self._prepare_one(index) for index in indices]
+        stopping = [rejected for _, of_source in found for rejected in of_source]
         if stopping:
+            num_rows = len({(rejected.source, rejected.index) for rejected in stopping})
             more = f"\n  and {len(stopping) - SHOWN} more" if len(stopping) > SHOWN else ""
-            listed = "".join(f"\n  {message}" for message in stopping[:SHOWN])
+            listed = "".join(f"\n  {rejected.message}" for rejected in stopping[:SHOWN])
             raise RowsError(
-                f"{len(stopping)} row{'s' if len(stopping) > 1 else ''} cannot be used:{listed}{more}\n"
+                f"{num_rows} row{'s' if num_rows > 1 else ''} cannot be used:{listed}{more}\n"
                 "mend them, or set data.bad_rows=drop (data.over_long for length) to go on without"
             )
-        return found
+        return [preparation for preparation, _ in found]
 
-    def rows(self, index: int) -> Iterator[Prepared]:
+    def _prepare_one(self, index: int) -> tuple[Preparation, list[Rejected]]:
+        """Prepare the rows of a source; returns with it what stops the run."""
+        stopping: list[Rejected] = []
+        tokens, starts = array("i"), array("q", [0])
+        num_trained, counts = 0, Counter[str]()
+        for row in self.rows(index):
+            for offset, prepared in enumerate(row):
+                counts.update(counted(prepared, offset))
+                if isinstance(prepared, Sample):
+                    tokens.append(len(prepared.tokens))
+                    num_trained += prepared.num_trained
+                elif prepared.kind in self.stop_on:
+                    stopping.append(prepared)
+            starts.append(len(tokens))
+        if counts.keys() - {"kept"}:
+            LOG.info("%s: %s", self.corpus.sources[index].name, counts_text(counts))
+        lengths = SampleLengths(np.array(tokens, np.int32), np.array(starts, np.int64))
+        return Preparation(lengths, num_trained, counts), stopping
+
+    def rows(self, index: int) -> Iterator[PreparedRow]:
         """What becomes of each row of a source, in file order."""
         numbers = self.corpus.sources[index].row_numbers()
         chunks: Iterator[Sequence[Item]] = (
@@ -163,10 +168,10 @@ def _open_store(folder: Path, num_rows: int) -> TokenStore:
 
 @dataclass(frozen=True)
 class _Kept:
-    """The kept rows of one source; every iteration is a new pass."""
+    """The samples of one source; every iteration is a new pass."""
 
     feed: Feed
     index: int
 
     def __iter__(self) -> Iterator[Sample]:
-        return (row for row in self.feed.rows(self.index) if isinstance(row, Sample))
+        return (one for row in self.feed.rows(self.index) for one in row if isinstance(one, Sample))

@@ -30,7 +30,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from burnish.config import SourceConfig, TrainOn
-from burnish.data.chat import Encoded, TextTokenizer, TruncateSide, caught, truncate
+from burnish.data.chat import Encoded, Row, TextTokenizer, TruncateSide, caught, truncate
 from burnish.data.conversation import Format, row_facts, to_conversation
 from burnish.types import RowError, Sample, Status, UserError
 
@@ -81,11 +81,43 @@ class Rejected:
 
 
 Prepared = Sample | Rejected
+PreparedRow = Sequence[Prepared]
+"""What becomes of a row: its samples, and of each part that gives none the reason, in order."""
+
+DROPPED = ("bad", "over_long")
+"""Kinds of what is rejected."""
+
+
+def counted(prepared: Prepared, offset: int) -> tuple[str, ...]:
+    """What is counted by source of the sample at `offset` of its row.
+
+    `kept`, `cut` (also kept) and the kinds of its notices, or why it was dropped; `further` where it is not its row's
+    first: there are that many fewer rows than samples.
+    """
+    further = ("further",) if offset else ()
+    if isinstance(prepared, Rejected):
+        return (*further, prepared.kind)
+    cut = ("cut",) if prepared.status is Status.TRUNCATED else ()
+    return (*further, "kept", *cut, *prepared.notices)
+
+
+def count_rows(counts: Mapping[str, int]) -> dict[str, int]:
+    """`counts`, as `counted` names them, for people: what is further goes into numbers of `rows` and `samples`."""
+    named = {kind: number for kind, number in counts.items() if kind != "further"}
+    if "further" not in counts:
+        return named
+    samples = sum(counts.get(kind, 0) for kind in ("kept", *DROPPED))
+    return {"rows": samples - counts["further"], "samples": samples, **named}
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """`counts`, as `counted` names them, in words."""
+    return ", ".join(f"{number:,} {kind.replace('_', '-')}" for kind, number in count_rows(counts).items())
 
 
 @dataclass(frozen=True)
 class Preparer:
-    """What makes a sample of a row; picklable, and the same row always gives the same sample.
+    """What makes samples of a row; picklable, and the same row always gives the same samples.
 
     `limits` maps what limits a row's length (data.max_length, the model's maximum, ...) to tokens; the least counts.
     """
@@ -98,15 +130,18 @@ class Preparer:
     over_long: Literal["error", "drop", "truncate"] = "error"
     truncate_side: TruncateSide = "right"
 
-    def prepare(self, items: Sequence[Item]) -> list[Prepared]:
+    def prepare(self, items: Sequence[Item]) -> list[PreparedRow]:
         """What becomes of each row, in order. Raises UserError where the fault is no single row's."""
         found = [self._read(item) for item in items]
-        rows = [caught(self._normalise, row) for row in found]
-        encoded = iter(
-            self.tokenizer.encode_batch([row for row in rows if not isinstance(row, RowError)], self.train_on)
-        )
-        results = (row if isinstance(row, RowError) else next(encoded) for row in rows)
-        return [self._finish(row, result) for row, result in zip(found, results, strict=True)]
+        parts = [caught(self._parts, row) for row in found]
+        fresh = [part for row in parts if not isinstance(row, RowError) for part in row]
+        encoded = iter(self.tokenizer.encode_batch(fresh, self.train_on))
+        return [
+            [self._finish(row, None, of_row)]
+            if isinstance(of_row, RowError)
+            else [self._finish(row, part, next(encoded)) for part in of_row]
+            for row, of_row in zip(found, parts, strict=True)
+        ]
 
     def fingerprint(self, source: int) -> str:
         """SHA-256 of all that the samples of a source depend on: rows, options, tokenizer, template and code."""
@@ -129,20 +164,23 @@ class Preparer:
         assert rows is not None, f"{self.sources[source].name} is a stream and has no row {index}"
         return StreamedRow(source, index, rows.where(index), caught(rows.__getitem__, index))
 
-    def _normalise(self, found: StreamedRow) -> Any:
+    def _parts(self, found: StreamedRow) -> list[Row]:
+        """What of the row is tokenised, each part to a sample of its own."""
         if isinstance(found.row, RowError):
             raise found.row
         source = self.sources[found.source]
-        return to_conversation(found.row, source.format, source.config)
+        return [to_conversation(found.row, source.format, source.config)]
 
-    def _finish(self, found: StreamedRow, encoded: Encoded | RowError) -> Prepared:
-        made = caught(self._sample, found, encoded)
+    def _finish(self, found: StreamedRow, part: Row | None, encoded: Encoded | RowError) -> Prepared:
+        turn = None
+        made = caught(self._sample, found, turn, encoded)
         if isinstance(made, Sample):
             return made
         kind = "over_long" if isinstance(made, _OverLong) else "bad"
-        return Rejected(kind, self.sources[found.source].name, found.index, f"{found.where}: {made}")
+        where = found.where if turn is None else f"{found.where}, messages[{turn}]"
+        return Rejected(kind, self.sources[found.source].name, found.index, f"{where}: {made}")
 
-    def _sample(self, found: StreamedRow, encoded: Encoded | RowError) -> Sample:
+    def _sample(self, found: StreamedRow, turn: int | None, encoded: Encoded | RowError) -> Sample:
         if isinstance(encoded, RowError):
             raise encoded
         assert not isinstance(found.row, RowError), f"{found.where} is tokenised, and cannot be read"
@@ -157,6 +195,7 @@ class Preparer:
             status=Status.COMPLETE if fitting is encoded else Status.TRUNCATED,
             metadata=metadata,
             label=label,
+            turn=turn,
         )
 
     def _fit(self, encoded: Encoded) -> Encoded:
@@ -205,7 +244,7 @@ class PreparePool:
         # A thread waits for each worker, so that a chunk is read off the socket as soon as it is done.
         self._threads = ThreadPoolExecutor(max(workers, 1), "prepare")
 
-    def map(self, chunks: Iterable[Sequence[Item]]) -> Iterator[list[Prepared]]:
+    def map(self, chunks: Iterable[Sequence[Item]]) -> Iterator[list[PreparedRow]]:
         """What becomes of the rows of each chunk, in order; at most `CHUNKS_AHEAD` chunks a worker are under way.
 
         Raises UserError where a worker died or met a fault that is no row's, RuntimeError with the worker's traceback
@@ -214,7 +253,7 @@ class PreparePool:
         if not self._workers:
             yield from map(self._preparer.prepare, chunks)
             return
-        pending: deque[Future[list[Prepared]]] = deque()
+        pending: deque[Future[list[PreparedRow]]] = deque()
         try:
             for chunk in chunks:
                 pending.append(self._threads.submit(self._ask, chunk))
@@ -242,7 +281,7 @@ class PreparePool:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _ask(self, chunk: Sequence[Item]) -> list[Prepared]:
+    def _ask(self, chunk: Sequence[Item]) -> list[PreparedRow]:
         worker = self._idle.get()
         try:
             return worker.ask(chunk)
@@ -275,7 +314,7 @@ class _Worker:
         )
         theirs.close()
 
-    def ask(self, chunk: Sequence[Item]) -> list[Prepared]:
+    def ask(self, chunk: Sequence[Item]) -> list[PreparedRow]:
         try:
             if self._unsent is not None:
                 self.connection.send_bytes(self._unsent)
@@ -308,31 +347,34 @@ class _Fault:
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """The results of a chunk as they travel: all tokens in one array, all weights in another."""
+    """What became of a chunk's rows as it travels: all tokens in one array, all weights in another."""
 
     tokens: np.ndarray
     loss_weights: np.ndarray
     ends: np.ndarray
-    rest: list[Rejected | dict[str, Any]] = field(default_factory=list)
-    """Rejected rows, and what samples hold besides their arrays."""
+    rest: list[list[Rejected | dict[str, Any]]] = field(default_factory=list)
+    """By row, in order: what was rejected, and what samples hold besides their arrays."""
 
     @classmethod
-    def of(cls, results: Sequence[Prepared]) -> _Packed:
-        samples = [result for result in results if isinstance(result, Sample)]
+    def of(cls, rows: Sequence[PreparedRow]) -> _Packed:
+        samples = [one for row in rows for one in row if isinstance(one, Sample)]
         return cls(
             np.concatenate([np.empty(0, np.int32), *(sample.tokens for sample in samples)], dtype=np.int32),
             np.concatenate([np.empty(0, np.float32), *(s.loss_weights for s in samples)], dtype=np.float32),
             np.cumsum([len(sample.tokens) for sample in samples], dtype=np.int64),
-            [_besides_arrays(result) if isinstance(result, Sample) else result for result in results],
+            [[besides_arrays(one) if isinstance(one, Sample) else one for one in row] for row in rows],
         )
 
-    def unpack(self) -> list[Prepared]:
+    def unpack(self) -> list[PreparedRow]:
         arrays = iter(zip(np.split(self.tokens, self.ends), np.split(self.loss_weights, self.ends), strict=True))
-        return [rest if isinstance(rest, Rejected) else Sample(*next(arrays), **rest) for rest in self.rest]
+        return [
+            [one if isinstance(one, Rejected) else Sample(*next(arrays), **one) for one in row] for row in self.rest
+        ]
 
 
-def _besides_arrays(sample: Sample) -> dict[str, Any]:
-    names = ("source", "index", "status", "metadata", "label")
+def besides_arrays(sample: Sample) -> dict[str, Any]:
+    """What a prepared sample holds besides its arrays, by field."""
+    names = ("source", "index", "status", "metadata", "label", "turn", "notices")
     return {name: getattr(sample, name) for name in names}
 
 
@@ -348,7 +390,7 @@ def work(file_descriptor: int, parent: int) -> None:
         return  # the parent closed the socket, or is gone
 
 
-def _answer(prepare: Callable[[Sequence[Item]], list[Prepared]], chunk: Sequence[Item]) -> _Packed | _Fault:
+def _answer(prepare: Callable[[Sequence[Item]], list[PreparedRow]], chunk: Sequence[Item]) -> _Packed | _Fault:
     try:
         return _Packed.of(prepare(chunk))
     except UserError as error:

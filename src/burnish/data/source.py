@@ -1,6 +1,7 @@
 """Sources of samples: rows in their order, prepared ahead, cut into the batches of optimizer steps.
 
-The cursor is (epoch, position) after the last batch handed out; rows prepared beyond it are prepared again on resume.
+A row gives one sample or several, and a batch may end within it. The cursor stands behind the last sample handed out;
+rows prepared beyond it are prepared again on resume.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from burnish.data.order import Order
-from burnish.data.prepare import Item, Prepared, Rejected, StreamedRow
+from burnish.data.prepare import Item, Prepared, PreparedRow, Rejected, StreamedRow, counted
 from burnish.data.streams import Stream
-from burnish.types import Sample, Source, Status, Trainer, UserError
+from burnish.types import Sample, Source, Trainer, UserError
 
 CHUNK = 64
 """Rows sent to a tokenising process at a time."""
@@ -27,7 +28,7 @@ class RowsError(UserError):
     """A row stops the run: bad or over-long where the recipe says `error`. What was trained before is worth saving."""
 
 
-PrepareRows = Callable[[Iterable[Sequence[Item]]], Iterator[list[Prepared]]]
+PrepareRows = Callable[[Iterable[Sequence[Item]]], Iterator[list[PreparedRow]]]
 """Maps chunks of rows to what became of each, in order."""
 
 
@@ -45,6 +46,27 @@ class BatchSize:
         return num_samples > 0 and num_tokens + next_tokens > self.count
 
 
+class Cursor(NamedTuple):
+    """What comes next: of `epoch`, of the row at `position`, what is behind its first `offset` samples."""
+
+    epoch: int = 0
+    position: int = 0
+    offset: int = 0
+
+
+class _Next(NamedTuple):
+    """A sample, or why there is none, and the cursors before and behind it."""
+
+    before: Cursor
+    behind: Cursor
+    prepared: Prepared
+
+    @property
+    def counted(self) -> list[tuple[str, str]]:
+        """(source, what is counted of it)."""
+        return [(self.prepared.source, what) for what in counted(self.prepared, self.before.offset)]
+
+
 @dataclass
 class RowSource:
     """Rows of files as an endless stream of batches; where epochs have an end, so has their last batch.
@@ -59,32 +81,31 @@ class RowSource:
     selected: Mapping[int, np.ndarray] = field(default_factory=dict)
     streams: Mapping[int, Stream] = field(default_factory=dict)
     stop_on: frozenset[str] = frozenset({"bad", "over_long"})
-    """Kinds of rejected rows that stop the run; others are dropped and counted."""
-    epoch: int = 0
-    position: int = 0
+    """Kinds of what is rejected that stop the run; others are dropped and counted."""
+    cursor: Cursor = field(default_factory=Cursor)
     counts: dict[str, Counter[str]] = field(default_factory=dict)
-    """By source: rows that were `kept`, `cut` (also kept), `bad` and `over_long` so far."""
-    _feed: Iterator[tuple[int, int, Prepared]] | None = None
-    _held: tuple[int, int, Prepared] | None = None
+    """By source, of all up to the cursor: see `counted`."""
+    _feed: Iterator[_Next] | None = None
+    _held: _Next | None = None
     _stream_starts: dict[int, dict[str, Any]] = field(default_factory=dict)
     """By epoch from the current one on: where each stream stood before it."""
 
     def next(self) -> list[Sample]:
         """The next step's samples. Raises RowsError at a row that stops the run, UserError where no row is kept."""
         samples: list[Sample] = []
-        seen: list[tuple[str, str]] = []  # (source, what became of the row), counted once the batch is complete
-        epoch, position = self.epoch, self.position
+        seen: list[tuple[str, str]] = []  # counted once the batch is complete
+        cursor = self.cursor
         num_tokens = 0
         while True:
-            row_epoch, row_position, prepared = self._peek()
-            if samples and self.order.has_epochs and row_epoch != epoch:
+            following = self._peek()
+            prepared = following.prepared
+            if samples and self.order.has_epochs and following.before.epoch != cursor.epoch:
                 break
             if isinstance(prepared, Rejected):
                 if prepared.kind in self.stop_on:
                     remedy = "; mend it, or set data.bad_rows=drop" if prepared.kind == "bad" else ""
                     raise RowsError(prepared.message + remedy)
-                seen.append((prepared.source, prepared.kind))
-                if not samples and len(seen) > self.order.epoch_length:
+                if not samples and self._rows_until(following.behind) > self.order.epoch_length:
                     raise UserError(
                         f"none of {self.order.epoch_length} rows in a row was kept; last: {prepared.message}"
                     )
@@ -93,57 +114,70 @@ class RowSource:
                     break
                 samples.append(prepared)
                 num_tokens += len(prepared.tokens)
-                seen.append((prepared.source, "kept"))
-                if prepared.status is Status.TRUNCATED:
-                    seen.append((prepared.source, "cut"))
-            epoch, position, self._held = row_epoch, row_position + 1, None
+            seen += following.counted
+            cursor, self._held = following.behind, None
             if self.size.unit == "samples" and len(samples) == self.size.count:
-                # Dropped rows behind the last kept one count too, at the end of the data as anywhere.
-                while (dropped := self._dropped_next(epoch)) is not None:
-                    position, rejected = dropped
-                    seen.append((rejected.source, rejected.kind))
+                # What is dropped behind the last kept one counts too, at the end of the data as anywhere.
+                while (dropped := self._dropped_next(cursor.epoch)) is not None:
+                    seen += dropped.counted
+                    cursor = dropped.behind
                 break
-        self.epoch, self.position = epoch, position
-        self._stream_starts = {e: start for e, start in self._stream_starts.items() if e >= epoch}
+        self.cursor = cursor
+        self._stream_starts = {e: start for e, start in self._stream_starts.items() if e >= cursor.epoch}
         for source, what in seen:
             self.counts.setdefault(source, Counter())[what] += 1
         return samples
 
-    def _dropped_next(self, epoch: int) -> tuple[int, Rejected] | None:
-        """The next row of this epoch and the place behind it, where it is one to drop; None where it is not."""
-        row_epoch, row_position, prepared = self._peek()
-        if row_epoch != epoch or not isinstance(prepared, Rejected) or prepared.kind in self.stop_on:
+    def _dropped_next(self, epoch: int) -> _Next | None:
+        """What comes next in this epoch, where it is dropped; None where it is not."""
+        following = self._peek()
+        prepared = following.prepared
+        if following.before.epoch != epoch or not isinstance(prepared, Rejected) or prepared.kind in self.stop_on:
             return None
         self._held = None
-        return row_position + 1, prepared
+        return following
+
+    def _rows_until(self, place: Cursor) -> int:
+        """Whole rows from the row that the cursor stands at to `place`."""
+        return (place.epoch - self.cursor.epoch) * self.order.epoch_length + place.position - self.cursor.position
 
     def update(self, trainer: Trainer) -> None:
         """Nothing: rows do not depend on the weights."""
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "epoch": self.epoch,
-            "position": self.position,
+            **self.cursor._asdict(),
             "counts": {name: dict(counter) for name, counter in self.counts.items()},
-            "streams": self._stream_starts.get(self.epoch, {}),
+            "streams": self._stream_starts.get(self.cursor.epoch, {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.position = state["epoch"], state["position"]
+        self.cursor = Cursor(state["epoch"], state["position"], state.get("offset", 0))
         self.counts = {name: Counter(counter) for name, counter in state["counts"].items()}
         for index, stream in self.streams.items():
             if str(index) in state["streams"]:
                 stream.load_state_dict(state["streams"][str(index)])
         self._feed = self._held = None
 
-    def _peek(self) -> tuple[int, int, Prepared]:
+    def _peek(self) -> _Next:
         if self._held is None:
             if self._feed is None:
-                self._feed = self._prepared_from(self.epoch, self.position)
+                self._feed = self._from(self.cursor)
             self._held = next(self._feed)
         return self._held
 
-    def _prepared_from(self, epoch: int, position: int) -> Iterator[tuple[int, int, Prepared]]:
+    def _from(self, cursor: Cursor) -> Iterator[_Next]:
+        rows = self._rows_from(cursor.epoch, cursor.position)
+        skipped = cursor.offset
+        for epoch, position, row in rows:
+            for offset in range(skipped, len(row)):
+                is_last = offset + 1 == len(row)
+                behind = Cursor(epoch, position + 1) if is_last else Cursor(epoch, position, offset + 1)
+                yield _Next(Cursor(epoch, position, offset), behind, row[offset])
+            skipped = 0
+
+    def _rows_from(self, epoch: int, position: int) -> Iterator[tuple[int, int, PreparedRow]]:
+        """(epoch, position, what becomes of the row there), without end."""
         places: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
 
         def chunks() -> Iterator[list[Item]]:
@@ -158,9 +192,9 @@ class RowSource:
                     p += len(positions)
                 e, p = e + 1, 0
 
-        for rows in self.prepare(chunks()):
+        for chunk in self.prepare(chunks()):
             e, start = places.get()
-            for i, row in enumerate(rows):
+            for i, row in enumerate(chunk):
                 yield e, start + i, row
 
     def _read_blocks(self, epoch: int) -> dict[int, list[StreamedRow]]:
@@ -179,15 +213,46 @@ class RowSource:
         return source, int(self.selected[source][row]) if source in self.selected else row
 
 
-def count_steps(order: Order, lengths: Sequence[np.ndarray], size: BatchSize, epoch: int) -> int:
-    """Steps that `RowSource` makes of one epoch, from the tokens of every row by source (0 where a row is dropped)."""
+@dataclass(frozen=True)
+class SampleLengths:
+    """The tokens of every kept sample, in row order: those of row i are tokens[starts[i]:starts[i + 1]]."""
+
+    tokens: np.ndarray
+    """int32 [samples]"""
+    starts: np.ndarray
+    """int64 [rows + 1]"""
+
+    def any(self) -> bool:
+        """Whether a sample is kept."""
+        return len(self.tokens) > 0
+
+    def max(self) -> int:
+        """Tokens of the longest sample."""
+        return int(self.tokens.max())
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """The tokens of the samples of `rows`, one row's behind the other's: int32."""
+        starts = self.starts[rows]
+        counts = self.starts[rows + 1] - starts
+        shifts = starts - (np.cumsum(counts) - counts)
+        return self.tokens[np.repeat(shifts, counts) + np.arange(counts.sum())]
+
+    @classmethod
+    def joined(cls, parts: Sequence[SampleLengths]) -> SampleLengths:
+        """Of the rows of all `parts`, one part's behind the other's."""
+        before = np.cumsum([0, *(len(part.tokens) for part in parts)])
+        starts = [part.starts[:-1] + shift for part, shift in zip(parts, before[:-1], strict=True)]
+        return cls(np.concatenate([part.tokens for part in parts]), np.concatenate([*starts, before[-1:]]))
+
+
+def count_steps(order: Order, lengths: Sequence[SampleLengths], size: BatchSize, epoch: int) -> int:
+    """Steps that `RowSource` makes of one epoch, from the lengths of every source's samples."""
+    every = SampleLengths.joined(lengths)
+    first_rows = np.cumsum([0, *(len(part.starts) - 1 for part in lengths)])
     num_steps = num_samples = num_tokens = 0
     for start in range(0, order.epoch_length, 1 << 16):
         sources, rows = order.at(epoch, np.arange(start, min(start + (1 << 16), order.epoch_length)))
-        row_lengths = np.zeros(len(rows), np.int64)
-        for s, lengths_of_source in enumerate(lengths):
-            row_lengths[sources == s] = lengths_of_source[rows[sources == s]]
-        kept = row_lengths[row_lengths > 0]
+        kept = every.of(first_rows[sources] + rows)
         if size.unit == "samples":
             num_samples += len(kept)
             continue

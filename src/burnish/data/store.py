@@ -1,7 +1,8 @@
 """Prepared rows kept on disk between runs: an append-only file of records and an index of where each row's stands.
 
-A killed writer loses at most the record it was at: a row counts once the index names it, and a record whose checksum
-is wrong counts as absent. One run writes; others that use the folder meanwhile read.
+A record holds all that became of a row. A killed writer loses at most the record it was at: a row counts once the index
+names it, and a record whose checksum is wrong counts as absent. One run writes; others that use the folder meanwhile
+read.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from burnish.data.prepare import Item, Prepared, Rejected, StreamedRow
+from burnish.data.prepare import Item, Prepared, PreparedRow, Rejected, StreamedRow, besides_arrays
 from burnish.types import Sample, Status
 
 _HEADER = struct.Struct("<qIII")
-"""Row number, bytes of facts (JSON), tokens, CRC-32 of what follows: facts, tokens (int32), loss weights (float32)."""
+"""Row number, bytes of facts (JSON), tokens, CRC-32 of what follows: facts, tokens (int32), loss weights (float32).
+
+The tokens of a row's samples stand one behind the other, and so do their weights; facts say how many each has."""
 
 
 class TokenStore:
@@ -43,7 +46,7 @@ class TokenStore:
         self._map: mmap.mmap | None = None
         self._end = os.fstat(self._data).st_size
 
-    def get(self, row: int) -> Prepared | None:
+    def get(self, row: int) -> PreparedRow | None:
         """The stored row, or None where there is none."""
         place = int(self._index[row]) - 1
         if place < 0:
@@ -52,22 +55,29 @@ class TokenStore:
         body = self._read(place + _HEADER.size, size + 8 * num_tokens)
         if number != row or body is None or zlib.crc32(body) != checksum:
             return None
-        facts = json.loads(body[:size])
-        if "kind" in facts:
-            return Rejected(**facts)
-        tokens = np.frombuffer(body, np.int32, num_tokens, size).copy()
-        loss_weights = np.frombuffer(body, np.float32, num_tokens, size + 4 * num_tokens).copy()
-        return Sample(tokens, loss_weights, **facts | {"status": Status(facts["status"])})
+        prepared: list[Prepared] = []
+        start = size
+        for facts in json.loads(body[:size]):
+            if "kind" in facts:
+                prepared.append(Rejected(**facts))
+                continue
+            length = facts.pop("num_tokens")
+            tokens = np.frombuffer(body, np.int32, length, start).copy()
+            loss_weights = np.frombuffer(body, np.float32, length, start + 4 * num_tokens).copy()
+            facts |= {"status": Status(facts["status"]), "notices": tuple(facts["notices"])}
+            prepared.append(Sample(tokens, loss_weights, **facts))
+            start += 4 * length
+        return prepared
 
-    def put(self, row: int, prepared: Prepared) -> None:
+    def put(self, row: int, prepared: PreparedRow) -> None:
         """Store a row. Does nothing where another run is the writer, or where a row's facts are not plain JSON."""
-        facts = _facts(prepared)
-        text = _json(facts)
+        text = _json([_facts(one) for one in prepared])
         if not self.is_writer or text is None:
             return
-        arrays = (prepared.tokens, prepared.loss_weights) if isinstance(prepared, Sample) else ()
-        body = b"".join([text, *(array.tobytes() for array in arrays)])
-        num_tokens = len(arrays[0]) if arrays else 0
+        samples = [one for one in prepared if isinstance(one, Sample)]
+        tokens, loss_weights = [s.tokens.tobytes() for s in samples], [s.loss_weights.tobytes() for s in samples]
+        body = b"".join([text, *tokens, *loss_weights])
+        num_tokens = sum(len(sample.tokens) for sample in samples)
         record = _HEADER.pack(row, len(text), num_tokens, zlib.crc32(body)) + body
         written = os.write(self._data, record)
         if written == len(record):
@@ -94,15 +104,15 @@ class StoredPreparation:
 
     def __init__(
         self,
-        prepare: Callable[[Iterable[Sequence[Item]]], Iterator[list[Prepared]]],
+        prepare: Callable[[Iterable[Sequence[Item]]], Iterator[list[PreparedRow]]],
         stores: Sequence[TokenStore | None],
     ) -> None:
         self._prepare = prepare
         self._stores = stores
 
-    def map(self, chunks: Iterable[Sequence[Item]]) -> Iterator[list[Prepared]]:
+    def map(self, chunks: Iterable[Sequence[Item]]) -> Iterator[list[PreparedRow]]:
         """What becomes of the rows of each chunk, in order."""
-        under_way: deque[tuple[Sequence[Item], list[Prepared | None]]] = deque()
+        under_way: deque[tuple[Sequence[Item], list[PreparedRow | None]]] = deque()
 
         def missing() -> Iterator[list[Item]]:
             for chunk in chunks:
@@ -118,11 +128,11 @@ class StoredPreparation:
                 for item, stored in zip(chunk, found, strict=True)
             ]
 
-    def _get(self, item: Item) -> Prepared | None:
+    def _get(self, item: Item) -> PreparedRow | None:
         store = None if isinstance(item, StreamedRow) else self._stores[item[0]]
         return None if store is None or isinstance(item, StreamedRow) else store.get(item[1])
 
-    def _put(self, item: Item, prepared: Prepared) -> Prepared:
+    def _put(self, item: Item, prepared: PreparedRow) -> PreparedRow:
         store = None if isinstance(item, StreamedRow) else self._stores[item[0]]
         if store is not None and not isinstance(item, StreamedRow):
             store.put(item[1], prepared)
@@ -140,10 +150,11 @@ def _locked(file_descriptor: int) -> bool:
 def _facts(prepared: Prepared) -> dict[str, Any]:
     if isinstance(prepared, Rejected):
         return {name: getattr(prepared, name) for name in ("kind", "source", "index", "message")}
-    return {name: getattr(prepared, name) for name in ("source", "index", "status", "metadata", "label")}
+    facts = besides_arrays(prepared)
+    return facts | {"notices": list(prepared.notices), "num_tokens": len(prepared.tokens)}
 
 
-def _json(facts: dict[str, Any]) -> bytes | None:
+def _json(facts: list[dict[str, Any]]) -> bytes | None:
     """`facts` as JSON, or None where they would not come back the same (dates, tuples, NaN)."""
     try:
         text = json.dumps(facts)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,18 @@ import pytest
 from burnish.config import SourceConfig
 from burnish.data.chat import TextTokenizer
 from burnish.data.conversation import Format
-from burnish.data.prepare import Prepared, PreparePool, Preparer, Rejected, SourceRows, StreamedRow
+from burnish.data.prepare import (
+    Prepared,
+    PreparedRow,
+    PreparePool,
+    Preparer,
+    Rejected,
+    SourceRows,
+    StreamedRow,
+    count_rows,
+    counted,
+    counts_text,
+)
 from burnish.types import RowError, Sample, Status, UserError
 
 HEAVY = {"torch", "transformers", "datasets"}
@@ -71,17 +83,18 @@ def with_rows(preparer: Preparer, *rows: dict[str, Any] | str) -> Preparer:
     return replace(preparer, sources=(replace(preparer.sources[0], rows=ListRows(rows)),))
 
 
-def as_values(prepared: list[Prepared]) -> list[Any]:
-    return [
-        (p.tokens.tolist(), p.loss_weights.tolist(), p.source, p.index, p.status, p.metadata, p.label)
-        if isinstance(p, Sample)
-        else p
-        for p in prepared
-    ]
+def as_values(rows: list[PreparedRow]) -> list[list[Any]]:
+    def value(p: Prepared) -> Any:
+        if isinstance(p, Rejected):
+            return p
+        arrays = p.tokens.tolist(), p.loss_weights.tolist()
+        return (*arrays, p.source, p.index, p.status, p.metadata, p.label, p.turn, p.notices)
+
+    return [[value(one) for one in row] for row in rows]
 
 
 def test_a_row_becomes_a_sample_or_a_reason_with_its_place(preparer: Preparer) -> None:
-    good, long, broken, silent = preparer.prepare([(0, row) for row in range(4)])
+    (good,), (long,), (broken,), (silent,) = preparer.prepare([(0, row) for row in range(4)])
     assert isinstance(good, Sample)
     assert (good.source, good.index, good.metadata, good.label) == ("rows", 0, {"n": 1}, 7)
     assert good.status is Status.COMPLETE
@@ -98,21 +111,21 @@ def test_a_row_becomes_a_sample_or_a_reason_with_its_place(preparer: Preparer) -
 
 def test_over_long_names_the_least_limit_or_cuts(preparer: Preparer) -> None:
     limits = {"data.max_length": 200, "the model's maximum": 30, "batch.tokens_per_micro_batch": 40}
-    (long,) = replace(preparer, limits=limits).prepare([(0, 1)])
+    ((long,),) = replace(preparer, limits=limits).prepare([(0, 1)])
     assert isinstance(long, Rejected)
     assert "more than the model's maximum=30" in long.message
-    (cut,) = replace(preparer, limits=limits, over_long="truncate").prepare([(0, 1)])
+    ((cut,),) = replace(preparer, limits=limits, over_long="truncate").prepare([(0, 1)])
     assert isinstance(cut, Sample)
     assert len(cut.tokens) == 30
     assert cut.status is Status.TRUNCATED
-    (nothing,) = replace(preparer, limits={"m": 5}, over_long="truncate").prepare([(0, 1)])
+    ((nothing,),) = replace(preparer, limits={"m": 5}, over_long="truncate").prepare([(0, 1)])
     assert isinstance(nothing, Rejected)
     assert nothing.kind == "bad"
     assert "no trained token" in nothing.message
 
 
 def test_ids_outside_the_embedding_are_bad(preparer: Preparer) -> None:
-    (outside,) = replace(preparer, vocab_size=50).prepare([(0, 0)])
+    ((outside,),) = replace(preparer, vocab_size=50).prepare([(0, 0)])
     assert isinstance(outside, Rejected)
     assert "outside the model's embedding of 50 rows" in outside.message
 
@@ -120,7 +133,7 @@ def test_ids_outside_the_embedding_are_bad(preparer: Preparer) -> None:
 def test_rows_of_a_stream_come_along(preparer: Preparer) -> None:
     stream = replace(preparer, sources=(replace(preparer.sources[0], rows=None),))
     items = [StreamedRow(0, 9, "s:9", talk("fine")), StreamedRow(0, 10, "s:10", RowError("torn"))]
-    sample, torn = stream.prepare(items)
+    (sample,), (torn,) = stream.prepare(items)
     assert isinstance(sample, Sample)
     assert sample.id == "rows:9"
     assert torn == Rejected("bad", "rows", 10, "s:10: torn")
@@ -139,6 +152,16 @@ def test_a_fingerprint_follows_rows_options_and_tokenizer(preparer: Preparer) ->
     assert replace(preparer).fingerprint(0) == preparer.fingerprint(0)
 
 
+def test_counts_tell_rows_from_samples_where_they_differ() -> None:
+    kept = Sample(np.empty(0, np.int32), np.empty(0, np.float32), "rows", notices=("open_turn",))
+    row: list[Prepared] = [kept, Rejected("over_long", "rows", 0, "too long"), replace(kept, status=Status.TRUNCATED)]
+    counts = Counter(what for offset, one in enumerate(row) for what in counted(one, offset))
+    assert counts == {"kept": 2, "cut": 1, "over_long": 1, "further": 2, "open_turn": 2}
+    assert count_rows(counts) == {"rows": 1, "samples": 3, "kept": 2, "open_turn": 2, "over_long": 1, "cut": 1}
+    assert count_rows(Counter(counted(kept, 0))) == {"kept": 1, "open_turn": 1}
+    assert counts_text({"kept": 1200, "over_long": 3}) == "1,200 kept, 3 over-long"
+
+
 # --- processes ---
 
 
@@ -153,7 +176,7 @@ def test_workers_give_what_this_process_gives_in_order(preparer: Preparer, pool:
     here = list(PreparePool(preparer, 0).map([*chunks, []]))
     there = list(pool.map([*chunks, []]))
     assert [as_values(results) for results in there] == [as_values(results) for results in here]
-    sample = there[0][0]
+    ((sample,), *_), *_ = there
     assert isinstance(sample, Sample)
     assert (sample.tokens.dtype, sample.loss_weights.dtype) == (np.int32, np.float32)
 
@@ -169,7 +192,7 @@ def test_few_chunks_are_under_way(pool: PreparePool) -> None:
 
 def test_workers_import_nothing_heavy_and_no_ctrl_c_reaches_them(preparer: Preparer) -> None:
     with PreparePool(with_rows(preparer, "modules"), 1) as pool:
-        ((sample,),) = pool.map([[(0, 0)]])
+        (((sample,),),) = pool.map([[(0, 0)]])
         assert os.getpgid(pool.pids[0]) != os.getpgrp()
     assert isinstance(sample, Sample)
     assert sample.metadata == {"heavy": []}

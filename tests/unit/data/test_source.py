@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -12,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from burnish.data.order import Order
-from burnish.data.prepare import Item, Prepared, Rejected
-from burnish.data.source import BatchSize, Prefetch, RowsError, RowSource, count_steps
+from burnish.data.prepare import Item, Prepared, PreparedRow, Rejected
+from burnish.data.source import BatchSize, Prefetch, RowsError, RowSource, SampleLengths, count_steps
 from burnish.types import Sample, UserError
 
 KEPT_ALL: dict[int, str] = {}
@@ -24,9 +25,9 @@ def make_source(
 ) -> RowSource:
     """Rows of one source; row i has i % 7 + 2 tokens, unless it is rejected for a reason."""
 
-    def prepare(chunks: Iterable[Sequence[Item]]) -> Iterator[list[Prepared]]:
+    def prepare(chunks: Iterable[Sequence[Item]]) -> Iterator[list[PreparedRow]]:
         for chunk in chunks:
-            yield [make_row(item) for item in chunk]
+            yield [[make_row(item)] for item in chunk]
 
     def make_row(item: Item) -> Prepared:
         assert isinstance(item, tuple)
@@ -37,6 +38,36 @@ def make_source(
         return Sample(np.full(length, row, np.int32), np.eye(1, length, 1, np.float32)[0], "a", row)
 
     return RowSource(Order([num_rows], [None], seed=3, **order), prepare, size, stop_on=frozenset(stop_on))
+
+
+def make_several(
+    lengths: Sequence[Sequence[int]], size: BatchSize, stop_on: Iterable[str] = (), order: Order | None = None
+) -> RowSource:
+    """Rows that give a sample for each of their lengths, a bad one for a length of 0."""
+
+    def prepare(chunks: Iterable[Sequence[Item]]) -> Iterator[list[PreparedRow]]:
+        for chunk in chunks:
+            yield [make_row(item[1]) for item in chunk if isinstance(item, tuple)]
+
+    def make_row(row: int) -> list[Prepared]:
+        return [
+            Sample(np.full(n, row, np.int32), np.eye(1, n, 1, np.float32)[0], "a", row, turn=turn)
+            if n
+            else Rejected("bad", "a", row, f"a:{row}, messages[{turn}]: bad")
+            for turn, n in enumerate(lengths[row])
+        ]
+
+    return RowSource(order or Order([len(lengths)], [None], seed=3), prepare, size, stop_on=frozenset(stop_on))
+
+
+def sample_lengths(rows: Sequence[Sequence[int]]) -> SampleLengths:
+    """Of rows as `make_several` takes them."""
+    kept = [[n for n in row if n] for row in rows]
+    return SampleLengths(np.array([*chain(*kept)], np.int32), np.cumsum([0, *map(len, kept)]))
+
+
+def take_ids(source: RowSource | Prefetch, num_batches: int) -> list[list[str]]:
+    return [[sample.id for sample in source.next()] for _ in range(num_batches)]
 
 
 def take(source: RowSource | Prefetch, num_batches: int) -> list[list[int]]:
@@ -67,7 +98,7 @@ def test_counted_steps_are_those_that_come(num_rows: int, unit: Any, count: int,
     source = make_source(num_rows, size, rejected, shuffle=shuffle)
     lengths = np.array([0 if row in rejected else row % 7 + 2 for row in range(num_rows)], np.int32)
     for epoch in range(2):
-        batches = take(source, count_steps(source.order, [lengths], size, epoch))
+        batches = take(source, count_steps(source.order, [sample_lengths(lengths[:, None].tolist())], size, epoch))
         assert sorted(chain(*batches)) == [row for row in range(num_rows) if row not in rejected]
         if unit == "tokens":
             assert all(len(b) == 1 or sum(lengths[b]) <= count for b in batches)
@@ -90,6 +121,85 @@ def test_a_cursor_goes_on_at_the_next_batch(stop: int, unit: Any, prefetch: bool
     reference = make_source(100, size, rejected)
     take(reference, 30)
     assert resumed.state_dict() == reference.state_dict(), "counts included"
+
+
+SEVERAL = st.lists(st.lists(st.sampled_from([0, 2, 3, 5]), min_size=1, max_size=5), min_size=1, max_size=40)
+SIZES = st.builds(BatchSize, st.sampled_from(["samples", "tokens"]), st.integers(1, 12))
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows=SEVERAL, size=SIZES, weighted=st.booleans(), data=st.data())
+def test_rows_of_several_samples_are_cut_into_batches_and_resumed_between_any_two(
+    rows: list[list[int]], size: BatchSize, weighted: bool, data: st.DataObject
+) -> None:
+    if not any(chain(*rows)):
+        return
+    order = Order([len(rows)], [1.0 if weighted else None], seed=3)
+    whole = make_several(rows, size, order=order)
+    ids, states = [], [whole.state_dict()]
+    for _ in range(12):
+        ids.append([sample.id for sample in whole.next()])
+        states.append(whole.state_dict())
+    stop = data.draw(st.integers(0, 12))
+    resumed = make_several(rows, size, order=order)
+    resumed.load_state_dict(json.loads(json.dumps(states[stop])))
+    assert take_ids(resumed, 12 - stop) == ids[stop:]
+    assert resumed.state_dict() == states[-1], "counts included"
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=SEVERAL, size=SIZES)
+def test_counted_steps_of_rows_with_several_samples_are_those_that_come(rows: list[list[int]], size: BatchSize) -> None:
+    if not any(chain(*rows)):
+        return
+    source = make_several(rows, size)
+    for epoch in range(2):
+        batches = take_ids(source, count_steps(source.order, [sample_lengths(rows)], size, epoch))
+        kept = [f"a:{row}:{turn}" for row, lengths in enumerate(rows) for turn, n in enumerate(lengths) if n]
+        assert sorted(chain(*batches)) == sorted(kept)
+
+
+def test_lengths_of_several_sources_are_counted_by_their_rows() -> None:
+    parts = [sample_lengths(rows) for rows in ([[2], [3, 4, 0]], [[0], [5], [6, 7]])]
+    assert SampleLengths.joined(parts).of(np.array([4, 2, 1, 1])).tolist() == [6, 7, 3, 4, 3, 4]
+    order = Order([2, 3], [None, None], seed=0, shuffle=False)
+    assert count_steps(order, parts, BatchSize("samples", 4), 0) == 2
+    assert count_steps(order, parts, BatchSize("tokens", 9), 0) == 4, "2 3 4, 5, 6, 7"
+
+
+def test_a_batch_that_ends_within_a_row_counts_its_samples_and_the_row_once() -> None:
+    source = make_several([[2, 3, 0, 2], [4, 4]], BatchSize("samples", 2), order=Order([2], [None], 0, shuffle=False))
+    assert take_ids(source, 1) == [["a:0:0", "a:0:1"]]
+    state = source.state_dict()
+    assert (state["epoch"], state["position"], state["offset"]) == (0, 0, 3), "what is dropped behind counts too"
+    assert state["counts"] == {"a": {"kept": 2, "bad": 1, "further": 2}}
+    assert take_ids(source, 1) == [["a:0:3", "a:1:0"]]
+    assert source.state_dict()["counts"] == {"a": {"kept": 4, "bad": 1, "further": 3}}
+
+
+def test_a_cursor_saved_before_rows_gave_several_samples_still_loads() -> None:
+    source = make_source(20, BatchSize("samples", 4), shuffle=False)
+    source.load_state_dict({"epoch": 0, "position": 8, "counts": {"a": {"kept": 8}}, "streams": {}})
+    assert take(source, 1) == [[8, 9, 10, 11]]
+
+
+def test_a_bad_sample_stops_the_run_behind_the_ones_before_it_in_its_row() -> None:
+    order = Order([3], [None], 0, shuffle=False)
+    source = make_several([[2], [2, 2, 0, 2], [2]], BatchSize("samples", 3), ["bad"], order)
+    assert take_ids(source, 1) == [["a:0:0", "a:1:0", "a:1:1"]]
+    with pytest.raises(RowsError, match=r"a:1, messages\[2\]: bad"):
+        source.next()
+    mended = make_several([[2], [2, 2, 3, 2], [2]], BatchSize("samples", 3), ["bad"], order)
+    mended.load_state_dict(source.state_dict())
+    assert take_ids(mended, 1) == [["a:1:2", "a:1:3", "a:2:0"]]
+
+
+def test_many_bad_samples_of_few_rows_are_not_taken_for_a_pass_over_all() -> None:
+    rows = [[0, 0, 0, 0], [0, 0, 0, 0, 2]]
+    order = Order([2], [None], 0, shuffle=False)
+    assert take_ids(make_several(rows, BatchSize("samples", 1), order=order), 2) == [["a:1:4"], ["a:1:4"]]
+    with pytest.raises(UserError, match=r"none of 2 rows in a row was kept; last: a:0, messages\[3\]: bad"):
+        make_several([[0, 0, 0, 0], [0, 0]], BatchSize("samples", 1), order=order).next()
 
 
 def test_a_row_that_stops_the_run_comes_at_its_batch_and_leaves_the_cursor() -> None:
