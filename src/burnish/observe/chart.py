@@ -103,7 +103,7 @@ def histogram(title: str, note: str, edges: Sequence[int], counts: Sequence[int]
         )
     label = html.escape(f"{title}: {note}", quote=True)
     return (
-        f'<figure class="chart"><figcaption><b>{html.escape(title)}</b><span class="key">{html.escape(note)}</span>'
+        f'<figure class="chart"><figcaption><b>{html.escape(title)}</b><span class="note">{html.escape(note)}</span>'
         f'</figcaption><div class="plot"><svg role="img" aria-label="{label}">{_grid(x_axis, y_axis)}{"".join(drawn)}'
         "</svg></div></figure>"
     )

@@ -93,7 +93,7 @@ def _data(inspection: Inspection) -> str:
 
 
 def _sources(sources: Sequence[SourceStatistics]) -> str:
-    heads = ("Rows", "Errors", "Cut", "Tokens cut off", "Duplicates", "Tokens", "Trained", "Median", "p95", "Longest")
+    heads = ("Rows", "Errors", "Tokens", "Trained", "Duplicates", "Cut", "Tokens cut off", "Median", "p95", "Longest")
     head = "".join(f'<th class="number">{name}</th>' for name in heads)
     rows = "".join(_source(source.name, source.split, [source]) for source in sources)
     total = _source("All", "", sources) if len(sources) > 1 else ""
@@ -107,9 +107,9 @@ def _source(name: str, split: str, sources: Sequence[SourceStatistics]) -> str:
     """A line of the table: the sum of `sources`."""
     lengths = LengthDistribution.of(np.concatenate([source.lengths for source in sources]))
     tokens, trained = sum(s.tokens for s in sources), sum(s.trained_tokens for s in sources)
-    counts = ("rows", "errors", "truncated", "tokens_cut", "duplicates")
-    numbers = [f"{sum(getattr(source, count) for source in sources):,}" for count in counts]
-    numbers += [count_text(tokens), _share(trained, tokens)]
+    numbers = [f"{sum(s.rows for s in sources):,}", f"{sum(s.errors for s in sources):,}"]
+    numbers += [count_text(tokens), _share(trained, tokens), f"{sum(s.duplicates for s in sources):,}"]
+    numbers += [f"{sum(s.truncated for s in sources):,}", f"{sum(s.tokens_cut for s in sources):,}"]
     numbers += [f"{n:,}" for n in (lengths.median, lengths.percentile_95, lengths.longest)] if lengths else ["", "", ""]
     cells = "".join(f'<td class="number">{number}</td>' for number in numbers)
     chart = bars(lengths.edges, lengths.counts, "tokens") if lengths else ""
@@ -360,7 +360,7 @@ const filter = () => {
 };
 
 const go = (step) => {
-  const shown = rows.filter((row) => !row.hidden), top = toolbar.getBoundingClientRect().bottom;
+  const shown = rows.filter((row) => !row.hidden), top = toolbar.offsetHeight;
   const inView = (row) => {
     const box = row.getBoundingClientRect();
     return box.bottom > top && box.top < innerHeight;
@@ -383,10 +383,14 @@ const follow = () => {
   if (row.hidden) {
     for (const choice of [source, flag]) if (choice) choice.value = "";
     filter();
-    row.scrollIntoView();
   }
   current = row;
+  // Rows that come into view get their real heights, which moves the target: once more when they have them.
+  row.scrollIntoView();
+  requestAnimationFrame(() => requestAnimationFrame(() => row.scrollIntoView()));
 };
+
+const keys = {j: () => go(1), k: () => go(-1), b: () => bounds.click()};
 
 if (toolbar) {
   toolbar.hidden = false;
@@ -395,11 +399,10 @@ if (toolbar) {
   document.getElementById("next").addEventListener("click", () => go(1));
   document.getElementById("previous").addEventListener("click", () => go(-1));
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest?.("select")) return;
-    if (event.key === "j") go(1);
-    if (event.key === "k") go(-1);
-    if (event.key === "b") bounds.click();
-    if (event.key === "Escape") tip.hidden = true;
+    const act = event.ctrlKey || event.metaKey || event.altKey ? null : keys[event.key];
+    if (!act) return;
+    event.preventDefault();
+    act();
   });
   document.addEventListener("pointerover", point);
   document.addEventListener("scroll", () => { tip.hidden = true; }, {capture: true, passive: true});

@@ -6,8 +6,6 @@ import base64
 import hashlib
 import math
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -195,25 +193,6 @@ def test_the_length_distribution_counts_every_row_once():
     single = LengthDistribution.of([7])
     assert single is not None
     assert (sum(single.counts), single.median) == (1, 7)
-
-
-@pytest.fixture
-def browse(tmp_path):
-    """Loads a page in a headless Chromium: its document after scripts ran, and what it wrote to the console."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    chromium = next((found for name in names if (found := shutil.which(name))), None)
-    if chromium is None:
-        pytest.skip("no Chromium found: the report is not looked at in a browser (Debian: apt-get install chromium)")
-    quiet = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
-    quiet += "disable-component-update disable-sync enable-logging=stderr dump-dom"
-
-    def load(path):
-        flags = [f"--{flag}" for flag in quiet.split()]
-        command = [chromium, *flags, f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-    return load
 
 
 def test_a_browser_draws_it_without_a_complaint(tmp_path, browse):
