@@ -14,6 +14,7 @@ from burnish.types import UserError
 EXAMPLES = """\
   burnish sft examples/quickstart.yaml            fine-tune by a recipe; again to go on or to see the results
   burnish sft recipe.yaml optim.lr=2e-5 --dry-run check everything with one key changed, train nothing
+  burnish inspect recipe.yaml                     see what is trained of the rows, token by token
   burnish chat runs/quickstart/hf/step-300        talk to what came out
 """
 
@@ -22,7 +23,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with the nearest name in its complaint about an unknown command or option."""
 
     def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] - it exits, as NoReturn says
-        if "invalid choice" in message:
+        if "argument COMMAND: invalid choice" in message:
             wrong = message.split("'")[1]
             near = difflib.get_close_matches(wrong, COMMANDS, 1, 0.5)
             message = f"no command {wrong!r}; " + (
@@ -75,6 +76,29 @@ def build_parser(with_keys: bool = False) -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what is trained of rows, token by token",
+        description="Show rows as they would be trained, by a recipe or by a tokenizer alone. "
+        "Exit status: 0 every row rendered, 3 some rows are errors, 2 unusable arguments.",
+    )
+    inspect.add_argument("target", metavar="RECIPE.yaml|DATA", help="a recipe, or rows as data.train's path takes them")
+    inspect.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="recipe keys (data.max_length=2048); with DATA also its source's keys (prompt_key=question)",
+    )
+    inspect.add_argument("--tokenizer", metavar="DIR", help="tokenizer or model folder, or hub id; needed with DATA")
+    inspect.add_argument("--chat-template", metavar="FILE", help="a Jinja template in place of the tokenizer's")
+    inspect.add_argument("--chat-template-kwargs", metavar="JSON", help='its arguments: \'{"enable_thinking": false}\'')
+    inspect.add_argument(
+        "--limit", type=_positive, metavar="N", help="rows to show (terminal 5, html 200 in detail, json all)"
+    )
+    inspect.add_argument("--format", choices=("terminal", "html", "json"), default="terminal", help="(terminal)")
+    inspect.add_argument("--out", metavar="FILE", help="where to write; standard output by default")
+    inspect.add_argument("--tokens", action="store_true", help="show token boundaries (terminal)")
+
     export = commands.add_parser("export", help="write a checkpoint of a run as a Hugging Face folder")
     export.add_argument("run", metavar="RUN", help="the run folder")
     export.add_argument("--step", type=int, help="the checkpoint's step; the newest by default")
@@ -93,7 +117,13 @@ def build_parser(with_keys: bool = False) -> argparse.ArgumentParser:
     return parser
 
 
-COMMANDS = ("sft", "schema", "evaluate", "export", "generate", "chat")
+COMMANDS = ("sft", "schema", "inspect", "evaluate", "export", "generate", "chat")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of rows, 1 or more")
+    return int(text)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -110,8 +140,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 1 failed, 2 unusable arguments or recipe, 130/143
-    interrupted, 141 when whoever read the output went away."""
+    """Run a command; returns the exit status: 0 done, 1 failed, 2 unusable arguments or recipe, 3 inspected rows with
+    errors, 130/143 interrupted, 141 when whoever read the output went away."""
     parsed = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(parsed)
@@ -119,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from burnish.config import RecipeError
 
         print(f"burnish: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, RecipeError) else 1
+        return 2 if isinstance(error, RecipeError) or parsed.command == "inspect" else 1
     except KeyboardInterrupt:
         print("burnish: stopped", file=sys.stderr)
         return 130
@@ -145,6 +175,11 @@ def _run(parsed: argparse.Namespace) -> int:
             SFT(recipe).dry_run()
             return 0
         return SFT(recipe).train().interrupted or 0
+    if parsed.command == "inspect":
+        from burnish.inspect import Request, inspect
+
+        arguments = {name: value for name, value in vars(parsed).items() if name != "command"}
+        return inspect(Request(**arguments))
     if parsed.command == "evaluate":
         from burnish.sft import evaluate_folder
 
