@@ -1,8 +1,7 @@
 """Rows to token ids and loss weights, with the ids of `apply_chat_template` and weights that follow from the template.
 
-A trained turn is what the model would generate there: from behind the generation prompt through the end-of-turn token.
-Where that cannot be known the row is a RowError that says why. Characters map to tokens by offsets: a token that
-holds the end of a header and the start of the turn's text is trained, one that reaches into another message is not.
+Characters map to tokens by offsets: a token is trained where any of its characters is, unless another message wrote one
+of them or one stands before the turn. Which characters are trained is `turns.py`'s.
 """
 
 from __future__ import annotations
@@ -14,32 +13,53 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import date
 from functools import cached_property
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from burnish.config import LastTurns, Roles, TrainOn
-from burnish.data.template import ChatTemplate, Place, Rendering, common_prefix, message_dict
-from burnish.types import Conversation, Message, RawText, RowError, TokenRow, UserError
+from burnish.data.places import ChatPlaces, Places, Span, TextPlaces, spans_of
+from burnish.data.template import (
+    ChatTemplate,
+    FunctionTemplate,
+    Rendering,
+    Run,
+    Template,
+    common_prefix,
+    load_renderer,
+)
+from burnish.data.turns import (
+    ASSISTANT_TURNS,
+    Chat,
+    Notice,
+    Selection,
+    Stops,
+    Turn,
+    closing_stop,
+    message_weights,
+    single_turn,
+    trained_turns,
+    weighted_turns,
+)
+from burnish.types import Conversation, Message, Origin, RawText, RowError, TokenRow, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Row = Conversation | RawText | TokenRow
 TruncateSide = Literal["right", "left", "turns"]
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, slots=True)
-class MessageSpan:
-    """Tokens [start, end) that the template wrote for message `message`, header and what follows its end included."""
+@dataclass(frozen=True)
+class TurnRow:
+    """Assistant turn `number` of a chat (its message's index), under exactly the prompt that inference gives it."""
 
-    message: int
-    start: int
-    end: int
+    chat: Conversation
+    number: int
+
+
+Row = Conversation | TurnRow | RawText | TokenRow
 
 
 @dataclass(frozen=True)
@@ -51,13 +71,42 @@ class Encoded:
 
     tokens: np.ndarray
     loss_weights: np.ndarray
-    turn_ends: tuple[int, ...] = ()
-    """Token counts at which a message ends: the row may be cut there without cutting a turn."""
-    prefix: int = 0
-    """Tokens at the start that hold the system turn and the tools."""
     text: str = ""
     """The rendering; empty for a row that came tokenised."""
-    spans: tuple[MessageSpan, ...] = ()
+    notices: tuple[Notice, ...] = ()
+    turns: tuple[Turn, ...] = ()
+    """The turns of which something is trained; characters of `text`."""
+    _places: Places | None = None
+    _kept: np.ndarray | None = None
+    """The tokens of the whole row that a cut left, int [L]; None for all of them."""
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """Every token once, in order."""
+        if self._places is None:
+            return spans_of([("assistant:content" if w else "template", None) for w in self.loss_weights])
+        origins = self._places.origins(self.turns)
+        return spans_of(origins if self._kept is None else [origins[i] for i in self._kept])
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """Characters [start, end) of each token in `text`, int32 [L, 2]."""
+        if self._places is None:
+            return np.zeros((len(self.tokens), 2), np.int32)
+        offsets = self._places.offsets
+        return offsets if self._kept is None else offsets[self._kept]
+
+    @cached_property
+    def turn_ends(self) -> tuple[int, ...]:
+        """Token counts at which a message ends: the row may be cut there without cutting a turn."""
+        assert self._kept is None, "a row is cut once"
+        return () if self._places is None else self._places.turn_ends()
+
+    @cached_property
+    def prefix(self) -> int:
+        """Tokens at the start that hold the system turn and the tools."""
+        assert self._kept is None, "a row is cut once"
+        return 0 if self._places is None else self._places.prefix()
 
 
 @dataclass(frozen=True)
@@ -74,6 +123,8 @@ class TextTokenizer:
     """Arguments for the template; a row's own win."""
     stop_tokens: frozenset[int | str] = frozenset()
     """Tokens besides eos that end a turn, such as those of generation_config."""
+    renderer: str | None = None
+    """`data.renderer`: what writes chats in place of the chat template."""
     date: str = "2025-01-01"
     """The day that `strftime_now` gives templates, YYYY-MM-DD."""
 
@@ -84,6 +135,7 @@ class TextTokenizer:
         *,
         template_kwargs: Mapping[str, Any] | None = None,
         stop_tokens: Iterable[int | str] = (),
+        renderer: str | None = None,
         date: str | None = None,
     ) -> TextTokenizer:
         """What a loaded transformers tokenizer does. Raises UserError where it has no `tokenizers` backend."""
@@ -101,6 +153,7 @@ class TextTokenizer:
             chat_template=tokenizer.chat_template,
             template_kwargs=dict(template_kwargs or {}),
             stop_tokens=frozenset(stop_tokens),
+            renderer=renderer,
             **options,
         )
 
@@ -124,77 +177,105 @@ class TextTokenizer:
         """The text of `tokens`, special tokens included."""
         return self._tokenizer.decode([int(t) for t in tokens], skip_special_tokens=False)
 
-    def encode(self, row: Row, train_on: TrainOn = "assistant") -> Encoded:
+    def encode(self, row: Row, selection: Selection = ASSISTANT_TURNS) -> Encoded:
         """Token ids and loss weights of one row. Raises RowError where it cannot be trained on."""
-        encoded = self.encode_batch([row], train_on)[0]
+        encoded = self.encode_batch([row], selection)[0]
         if isinstance(encoded, RowError):
             raise encoded
         return encoded
 
-    def encode_batch(self, rows: Sequence[Row], train_on: TrainOn = "assistant") -> list[Encoded | RowError]:
+    def encode_batch(self, rows: Sequence[Row], selection: Selection = ASSISTANT_TURNS) -> list[Encoded | RowError]:
         """`encode` of each row, errors as values. Raises UserError where the tokenizer lacks what such rows need."""
-        drafts = [caught(self._draft, row, train_on) for row in rows]
+        drafts = [caught(self._draft, row, selection) for row in rows]
         texts = [draft.text for draft in drafts if isinstance(draft, _Draft)]
         encodings = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
         return [caught(self._weigh, d, next(encodings)) if isinstance(d, _Draft) else d for d in drafts]
 
-    def _draft(self, row: Row, train_on: TrainOn) -> _Draft | Encoded:
+    def prompt_differences(self, row: Conversation | TurnRow, encoded: Encoded) -> list[tuple[int, str]]:
+        """Trained turns whose prompt is not what inference would give for the same history: (message, how)."""
+        if isinstance(row, TurnRow):
+            return []
+        chat = self._chat(row)
+        found = []
+        for turn in encoded.turns:
+            if row.messages[turn.message].role != "assistant":
+                continue
+            asked = caught(chat.prompt, turn.message)
+            before = encoded.text[: turn.text_start]
+            if isinstance(asked, RowError):
+                found.append((turn.message, f"inference cannot ask for it: {asked}"))
+            elif asked != before:
+                at = common_prefix(asked, before)
+                found.append(
+                    (
+                        turn.message,
+                        f"trained under {_excerpt(before, at)}, inference asks under {_excerpt(asked, at)}",
+                    )
+                )
+        return found
+
+    def _draft(self, row: Row, selection: Selection) -> _Draft | Encoded:
         if isinstance(row, TokenRow):
             return _trained(_from_tokens(row))
         if isinstance(row, RawText):
             return _Draft(_encodable(row.prompt + row.completion), completion=len(row.prompt))
-        return self._draft_chat(row, train_on)
+        chat = self._chat(row.chat if isinstance(row, TurnRow) else row)
+        stops = self._stops(chat.template)
+        if isinstance(row, TurnRow):
+            weight = message_weights(row.chat.messages, selection.train_on)[row.number]
+            chat = replace(chat, conversation=replace(row.chat, messages=row.chat.messages[: row.number + 1]))
+            return self._turn_draft(chat, weight, selection, stops)
+        return self._chat_draft(chat, selection, stops)
 
-    def _draft_chat(self, chat: Conversation, train_on: TrainOn) -> _Draft:
-        weights = message_weights(chat.messages, train_on)
-        template, stops = self._template(chat)
-        kwargs = {**self.template_kwargs, **chat.template_kwargs}
-        messages = [message_dict(message) for message in chat.messages]
-        rendering = caught(template.trace, chat, kwargs)
-        if isinstance(rendering, RowError):
-            if train_on != "all" or any(message.weight is not None for message in chat.messages):
-                raise rendering
-            rendering = Rendering(template.render(messages, chat.tools, kwargs), (), ())
-        stretches: list[_Stretch] = []
-        for number, message in enumerate(chat.messages):
-            if train_on == "all":
-                if message.weight is not None:
-                    place = _only_place(number, message, rendering)
-                    stretches.append(_Stretch(number, place.start, place.start, place.end, message.weight))
-            elif weights[number] == 0:
-                continue
-            elif message.role == "assistant":
-                place = _turn_place(number, message, rendering)
-                prompt = template.generation_prompt(messages, number, chat.tools, kwargs, rendering.text[: place.start])
-                header = self._header(number, rendering.text[place.start : place.end], prompt)
-                stretches.append(_Stretch(number, place.start, place.start + header, place.end, weights[number], stops))
-            elif message.content.strip():
-                place = _text_place(number, message, rendering)
-                stretches.append(_Stretch(number, place.start, place.start, place.end, weights[number]))
-        return _Draft(
-            _encodable(rendering.text),
-            places=tuple(place for place in rendering.places if place.message < len(messages)),
-            prefix=_prefix(chat.messages, rendering),
-            default=1.0 if train_on == "all" else 0.0,
-            stretches=tuple(stretches),
+    def _chat_draft(self, chat: Chat, selection: Selection, stops: Stops) -> _Draft:
+        rendering = chat.trace()
+        messages = chat.conversation.messages
+        if selection.train_on == "all":
+            turns = weighted_turns(rendering, messages)
+            return _Draft(_encodable(rendering.text), messages=messages, rendering=rendering, turns=turns, default=1.0)
+        turns = trained_turns(chat, rendering, selection, stops)
+        return self._closed(
+            chat, _Draft(_encodable(rendering.text), None, messages, rendering, turns), selection, stops
         )
 
-    def _header(self, number: int, turn: str, prompt: str) -> int:
-        """Characters at the start of a turn that the generation prompt would write: their common prefix.
+    def _turn_draft(self, chat: Chat, weight: float, selection: Selection, stops: Stops) -> _Draft:
+        rendering = chat.trace()
+        turn = single_turn(chat, rendering, weight, selection, stops)
+        draft = _Draft(_encodable(rendering.text), None, chat.conversation.messages, rendering, [turn])
+        return self._closed(chat, draft, selection, stops)
 
-        Where that ends within the prompt, it counts up to the last token of its own or line end: what follows may be
-        the assistant's words that begin as the prompt goes on (`<th` of <think> and <that>).
+    def _closed(self, chat: Chat, draft: _Draft, selection: Selection, stops: Stops) -> _Draft:
+        """`draft`, its last turn ended where that is open and `open_turns` says close.
+
+        It ends with the token by which the template would begin the turn behind it, where that is a declared stop, else
+        with eos.
         """
-        header = common_prefix(turn, prompt)
-        if header < len(prompt):
-            ends = [match.end() for match in self._landmark.finditer(turn, 0, header)]
-            header = ends[-1] if ends else 0
-        if prompt and not header:
+        last = draft.turns[-1] if draft.turns else None
+        if selection.open_turns != "close" or last is None or last.stop is not None:
+            return draft
+        if last.message != len(draft.messages) - 1:
+            return draft
+        stop = closing_stop(chat, stops) or self.special_tokens.get("eos_token")
+        if stop is None:
             raise RowError(
-                f"messages[{number}] (assistant): cannot be sure what to train: the chat template begins the turn with "
-                f"{turn[:20]!r}, and asks for one with {prompt[:20]!r}"
+                "data.open_turns=close: no stop token is known to end the last turn with; name one in "
+                "generation_config.json's eos_token_id"
             )
-        return header
+        assert draft.rendering is not None
+        text = draft.text[: last.end] + stop
+        end = len(text)
+        kept = [run for run in draft.rendering.runs if run.start < last.end]
+        kept[-1] = replace(kept[-1], end=last.end)
+        run = Run(last.end, end, last.message, Origin(last.message, "template"))
+        turn = replace(
+            last,
+            end=end,
+            stop=(last.end, end),
+            trained=(*last.trained, (last.end, end)),
+            notices=tuple(notice for notice in last.notices if notice.kind != "open_turn"),
+        )
+        rendering = replace(draft.rendering, text=text, runs=(*kept, run))
+        return replace(draft, text=text, rendering=rendering, turns=[*draft.turns[:-1], turn])
 
     def _weigh(self, draft: _Draft, encoding: Encoding) -> Encoded:
         return _trained(
@@ -202,37 +283,29 @@ class TextTokenizer:
         )
 
     def _weigh_chat(self, draft: _Draft, encoding: Encoding) -> Encoded:
-        tokens = _Tokens.of(encoding)
-        loss_weights = np.full(len(tokens.ids), draft.default, np.float32)
-        for stretch in draft.stretches:
-            first, end = tokens.covering(stretch.text_start, stretch.end)
-            if stretch.stops is not None:
-                end = self._behind_stop(stretch, draft.text, tokens)
-            reaches_back = tokens.starts[first] < stretch.start
-            loss_weights[first + int(reaches_back) : end] = stretch.weight
-        spans = tuple(MessageSpan(p.message, *tokens.between(p.start, p.end)) for p in draft.places)
-        return Encoded(
-            tokens.ids,
-            loss_weights,
-            turn_ends=tuple(sorted({span.end for span in spans})),
-            prefix=tokens.between(0, draft.prefix)[1],
-            text=draft.text,
-            spans=spans,
-        )
-
-    def _behind_stop(self, stretch: _Stretch, text: str, tokens: _Tokens) -> int:
-        """The token count through the turn's end-of-turn token: its last, but for white space."""
-        closing = stretch.text_start + len(text[stretch.text_start : stretch.end].rstrip())
-        last = tokens.covering(closing - 1, closing)[1] - 1
-        assert stretch.stops is not None
-        if closing == stretch.text_start or int(tokens.ids[last]) not in stretch.stops:
-            written = text[max(stretch.text_start, closing - 20) : closing]
-            names = ", ".join(repr(self._tokenizer.id_to_token(stop)) for stop in sorted(stretch.stops)) or "none"
-            raise RowError(
-                f"messages[{stretch.message}] (assistant): cannot be sure what to train: the chat template ends "
-                f"the turn with {written!r} and no end-of-turn token (known: {names})"
+        assert draft.rendering is not None
+        tokens = np.array(encoding.ids, np.int32)
+        places = ChatPlaces(encoding, draft.rendering, draft.messages, len(tokens), self._in_order)
+        loss_weights = np.full(len(tokens), draft.default, np.float32)
+        notices: list[Notice] = []
+        straddling = 0
+        for turn in draft.turns:
+            for start, end in turn.trained:
+                first, last = places.first_token(start), places.first_token(end)
+                before, behind = places.characters(first), places.characters(last)
+                if before[0] < start:
+                    straddling += 1
+                    first += int(before[0] < turn.start or draft.holds_others(before[0], start, turn.message))
+                if behind[0] < end:
+                    straddling += 1
+                    last += int(not draft.holds_others(end, behind[1], turn.message))
+                loss_weights[first:last] = turn.weight
+            notices += turn.notices
+        if straddling:
+            notices.append(
+                Notice("straddling", f"{straddling} tokens hold both trained and other characters, and count as whole")
             )
-        return last + 1
+        return Encoded(tokens, loss_weights, draft.text, tuple(notices), tuple(draft.turns), places)
 
     def _weigh_text(self, draft: _Draft, encoding: Encoding) -> Encoded:
         assert draft.completion is not None
@@ -240,12 +313,11 @@ class TextTokenizer:
         if before and ids[: len(before)] == before:
             before = []
         closing = [] if (ids + after)[-1:] == [self._eos] else [self._eos]
-        tokens = _Tokens.of(encoding)
-        seam = tokens.covering(draft.completion, max(len(draft.text), draft.completion + 1))[0] + len(before)
+        places = TextPlaces(encoding, draft.completion, len(before), len(after) + len(closing), len(draft.text))
         whole = np.array([*before, *ids, *after, *closing], np.int32)
         loss_weights = np.zeros(len(whole), np.float32)
-        loss_weights[seam if draft.completion else 0 :] = 1
-        return Encoded(whole, loss_weights, (seam, len(whole)), text=draft.text)
+        loss_weights[places.seam if draft.completion else 0 :] = 1
+        return Encoded(whole, loss_weights, draft.text, _places=places)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -255,6 +327,16 @@ class TextTokenizer:
         # All it does without special tokens is to trim white space off the offsets.
         tokenizer.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
         return tokenizer
+
+    @cached_property
+    def _in_order(self) -> bool:
+        """Whether every character has its token and tokens stand in the order of their characters, by what it is made
+        of: then a single look-up is as good as all offsets."""
+        parts = json.loads(self.backend)
+        steps = parts["pre_tokenizer"] or {}
+        steps = steps.get("pretokenizers", [steps])
+        keeps_all = all(step.get("behavior") != "Removed" for step in steps)
+        return parts["normalizer"] is None and keeps_all and steps[-1].get("type") == "ByteLevel"
 
     @cached_property
     def _frame(self) -> tuple[list[int], list[int]]:
@@ -272,16 +354,23 @@ class TextTokenizer:
         return self.eos_id
 
     @cached_property
-    def _landmark(self) -> re.Pattern[str]:
-        added = (token.content for token in self._tokenizer.get_added_tokens_decoder().values())
-        return re.compile("|".join(re.escape(text) for text in (*sorted(added, key=len, reverse=True), "\n")))
-
-    @cached_property
-    def _compiled(self) -> dict[str, tuple[ChatTemplate, frozenset[int]]]:
+    def _compiled(self) -> dict[str, Template]:
         return {}
 
-    def _template(self, chat: Conversation) -> tuple[ChatTemplate, frozenset[int]]:
-        """The template for `chat` and the ids that end its turns; of several templates the one transformers takes."""
+    @cached_property
+    def _known_stops(self) -> dict[Template, Stops]:
+        return {}
+
+    def _chat(self, conversation: Conversation) -> Chat:
+        kwargs = {**self.template_kwargs, **conversation.template_kwargs}
+        return Chat(self._template(conversation), conversation, kwargs)
+
+    def _template(self, chat: Conversation) -> Template:
+        """What writes `chat`; of several templates the one transformers takes."""
+        if self.renderer is not None:
+            if self.renderer not in self._compiled:
+                self._compiled[self.renderer] = FunctionTemplate(load_renderer(self.renderer), self.renderer)
+            return self._compiled[self.renderer]
         source = self.chat_template
         if isinstance(source, Mapping):
             source = source.get("tool_use" if chat.tools is not None and "tool_use" in source else "default")
@@ -290,91 +379,72 @@ class TextTokenizer:
                 "the tokenizer has no chat template, and chat rows need one; set data.chat_template to a Jinja file"
             )
         if source not in self._compiled:
-            template = ChatTemplate(source, self.special_tokens, date.fromisoformat(self.date))
-            self._compiled[source] = template, self._stops(source)
+            self._compiled[source] = ChatTemplate(source, self.special_tokens, date.fromisoformat(self.date))
         return self._compiled[source]
 
-    def _stops(self, template: str) -> frozenset[int]:
-        """eos, the declared stop tokens, and the special tokens in the template's text (but for bos and pad)."""
-        declared = {stop if isinstance(stop, int) else self._tokenizer.token_to_id(stop) for stop in self.stop_tokens}
-        no_stops = {self.special_tokens.get("bos_token"), self.special_tokens.get("pad_token")}
-        written = {
-            number
-            for number, token in self._tokenizer.get_added_tokens_decoder().items()
-            if token.special and token.content in template and token.content not in no_stops
-        }
-        return frozenset(number for number in {self.eos_id} | declared | written if number is not None)
+    def _stops(self, template: Template) -> Stops:
+        """eos and the declared stop tokens; and the special tokens that the template writes, but for bos and pad."""
+        if template not in self._known_stops:
+            added = self._tokenizer.get_added_tokens_decoder()
+            declared = {
+                stop if isinstance(stop, int) else self._tokenizer.token_to_id(stop) for stop in self.stop_tokens
+            }
+            texts = {number: added[number].content for number in {self.eos_id, *declared} if number in added}
+            no_stops = {self.special_tokens.get("bos_token"), self.special_tokens.get("pad_token")} - set(
+                texts.values()
+            )
+            written = {
+                token.content
+                for token in added.values()
+                if token.special and token.content not in no_stops and template.may_write(token.content)
+            }
+            marks = (*sorted((token.content for token in added.values()), key=len, reverse=True), "\n")
+            landmarks = re.compile("|".join(map(re.escape, marks)))
+            self._known_stops[template] = Stops(frozenset(texts.values()), frozenset(written), landmarks)
+        return self._known_stops[template]
 
 
-@dataclass(frozen=True, slots=True)
-class _Stretch:
-    """Characters [text_start, end) to train behind the header [start, text_start); one of `stops` must end a turn."""
-
-    message: int
-    start: int
-    text_start: int
-    end: int
-    weight: float
-    stops: frozenset[int] | None = None
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Draft:
     """A row as text, before it is tokenised."""
 
     text: str
     completion: int | None = None
     """Raw text: where the completion starts. The fields below are those of a chat."""
-    places: tuple[Place, ...] = ()
-    prefix: int = 0
+    messages: tuple[Message, ...] = ()
+    rendering: Rendering | None = None
+    turns: Sequence[Turn] = ()
     default: float = 0.0
-    stretches: tuple[_Stretch, ...] = ()
+    """The weight of what is in no turn."""
+
+    def holds_others(self, start: int, end: int, message: int) -> bool:
+        """Whether another message than `message`, or a tool's schema, wrote any of characters [start, end)."""
+        assert self.rendering is not None
+        return any(
+            run.start < end and run.end > start and (run.origin is None or _is_others(run.origin, message))
+            for run in self.rendering.runs
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class _Tokens:
-    """Ids and the characters [starts, ends) of each; the bytes of one character share its place."""
-
-    ids: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
-
-    @classmethod
-    def of(cls, encoding: Encoding) -> _Tokens:
-        offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int32, 2 * len(encoding)).reshape(-1, 2)
-        starts, ends = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
-        if (np.diff(starts) < 0).any() or (np.diff(ends) < 0).any():
-            raise RowError("cannot be sure what to train: the tokenizer's offsets are not in order")
-        return cls(np.array(encoding.ids, np.int32), starts, ends)
-
-    def covering(self, start: int, end: int) -> tuple[int, int]:
-        """Tokens [first, last) that hold any of characters [start, end)."""
-        return int(np.searchsorted(self.ends, start, "right")), int(np.searchsorted(self.starts, end, "left"))
-
-    def between(self, start: int, end: int) -> tuple[int, int]:
-        """Tokens [first, last) that begin within characters [start, end)."""
-        return int(np.searchsorted(self.starts, start, "left")), int(np.searchsorted(self.starts, end, "left"))
+def _is_others(origin: Origin, message: int) -> bool:
+    return origin.part != "template" and origin.message != message
 
 
-def message_weights(messages: Sequence[Message], train_on: TrainOn) -> tuple[float, ...]:
-    """The weight with which each message is trained.
+def turn_rows(row: Row, selection: Selection) -> list[Row]:
+    """A chat as one row for each of its trained assistant turns; another row as it is.
 
-    `train_on` names the roles and, of the silent messages of those roles, the trained ones; a message's own weight
-    decides for itself, but never makes another role trained. Raises RowError where no message has such a role.
+    A chat of which nothing is trained stays whole, so that `encode` says why.
     """
-    if train_on == "all":
-        return tuple(1.0 if message.weight is None else message.weight for message in messages)
-    roles = train_on.roles if isinstance(train_on, Roles) else ("assistant",)
-    candidates = [number for number, message in enumerate(messages) if message.role in roles]
-    if not candidates:
-        raise RowError("no assistant turn" if roles == ("assistant",) else f"no message of role {' or '.join(roles)}")
-    num_last = train_on.last_n if isinstance(train_on, LastTurns) else 1 if train_on == "last" else len(candidates)
-    trained = candidates[-num_last:]
-    own = {number: messages[number].weight for number in candidates}
-    return tuple(
-        0.0 if number not in own else float(number in trained) if own[number] is None else float(own[number] or 0)
-        for number in range(len(messages))
-    )
+    if not isinstance(row, Conversation):
+        return [row]
+    weights = caught(message_weights, row.messages, selection.train_on)
+    if isinstance(weights, RowError):
+        return [row]
+    return [
+        TurnRow(row, number)
+        for number, (message, weight) in enumerate(zip(row.messages, weights, strict=True))
+        if message.role == "assistant" and weight
+    ] or [row]
 
 
 def truncate(encoded: Encoded, max_length: int, side: TruncateSide) -> Encoded:
@@ -395,15 +465,8 @@ def truncate(encoded: Encoded, max_length: int, side: TruncateSide) -> Encoded:
         kept = np.concatenate([kept[: encoded.prefix], np.arange(length - max_length + encoded.prefix, length)])
     elif side == "turns":
         kept = kept[: max((end for end in encoded.turn_ends if end <= max_length), default=0)]
-    spans = ((s.message, *np.searchsorted(kept, (s.start, s.end)).tolist()) for s in encoded.spans)
     return _trained(
-        replace(
-            encoded,
-            tokens=encoded.tokens[kept],
-            loss_weights=encoded.loss_weights[kept],
-            turn_ends=tuple(sorted(set(np.searchsorted(kept, encoded.turn_ends).tolist()) - {0})),
-            spans=tuple(MessageSpan(*span) for span in spans if span[1] < span[2]),
-        ),
+        replace(encoded, tokens=encoded.tokens[kept], loss_weights=encoded.loss_weights[kept], _kept=kept),
         f" in the {len(kept)} tokens left after the cut",
     )
 
@@ -437,53 +500,10 @@ def _encodable(text: str) -> str:
     return text
 
 
-def _prefix(messages: Sequence[Message], rendering: Rendering) -> int:
-    """Where the first message that is no system turn begins."""
-    starts = (
-        place.start
-        for place in rendering.places
-        if place.message < len(messages) and messages[place.message].role not in ("system", "developer")
-    )
-    return next(starts, 0)
-
-
-def _only_place(number: int, message: Message, rendering: Rendering) -> Place:
-    """The one pass that wrote message `number`; a pass within another pass for it is part of that."""
-    places = [place for place in rendering.places if place.message == number]
-    outer = [
-        place
-        for place in places
-        if not any(place != o and o.start <= place.start and place.end <= o.end for o in places)
-    ]
-    if len(outer) != 1:
-        found = "in no loop over the messages" if not outer else f"in {len(outer)} places"
-        raise RowError(
-            f"messages[{number}] ({message.role}): cannot be sure what to train: the chat template writes it {found}"
-        )
-    return outer[0]
-
-
-def _turn_place(number: int, message: Message, rendering: Rendering) -> Place:
-    """`_only_place`, provided that no other message's text and no tool stands in it."""
-    own = _only_place(number, message, rendering)
-    for other in (*rendering.places, *rendering.texts):
-        if other.message != number and other.start < own.end and max(other.end, other.start + 1) > own.start:
-            raise RowError(
-                f"messages[{number}] ({message.role}): cannot be sure what to train: the chat template writes "
-                f"messages[{other.message}] or a tool into the same turn"
-            )
-    return own
-
-
-def _text_place(number: int, message: Message, rendering: Rendering) -> Place:
-    """Where the content of a message that is no assistant's stands."""
-    found = [place for place in rendering.texts if place.message == number]
-    if len(found) != 1 or message.content.strip() not in rendering.text[found[0].start : found[0].end]:
-        raise RowError(
-            f"messages[{number}] ({message.role}): cannot be sure what to train: the chat template does not write "
-            "its content once and as it is"
-        )
-    return found[0]
+def _excerpt(text: str, at: int) -> str:
+    """What stands around character `at`, where one text differs from another."""
+    start, end = max(0, at - 20), at + 20
+    return repr(("..." if start else "") + text[start:end] + ("..." if end < len(text) else ""))
 
 
 def caught(

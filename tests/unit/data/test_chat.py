@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from burnish.config import LastTurns, Roles
 from burnish.data.chat import Encoded, TextTokenizer, truncate
-from burnish.data.template import MARK, message_dict
+from burnish.data.template import message_dict
+from burnish.data.turns import Selection
 from burnish.types import Conversation, Message, RawText, RowError, TokenRow, ToolCall, UserError
 
 WEATHER = ToolCall("get_weather", {"city": "Köln"}, "call00001")
@@ -266,26 +267,23 @@ def test_words_that_begin_as_the_prompt_goes_on_are_the_turns_own(plain: PreTrai
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{% for i in range(messages|length) %}{% set m = messages[i] %}" + TURN + "{% endfor %}", "in no loop"),
-        ("{% set x %}{% for m in messages %} {{ m.content }} {% endfor %}{% endset %}{{ x | trim }}", "cannot be sure"),
-        ("{% set x %}" + LOOP + "{% endset %}{{ x | upper }}", "cannot be sure"),
-        ("{% set x %}" + LOOP + "{% endset %}{{ x[:20] }}", "cannot be sure"),
-        (LOOP + LOOP.replace(ASK, ""), "in 2 places"),
-        (LOOP.replace("<|im_end|>", "."), "no end-of-turn token"),
+        ("{% set x %}" + LOOP + "{% endset %}{{ x[:20] }}", "no trained token"),
+        ("{% set x %}" + LOOP + "{% endset %}{{ x | title }}", "of several texts at once"),
+        (LOOP + LOOP.replace(ASK, ""), r"in several places, with messages\[2\] between them"),
         (LOOP.replace(ASK, "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"), "begins the turn with"),
         (
             "{% for m in messages %}{% if m.role == 'assistant' %}"
             "{{ 'Q ' + messages[loop.index0 - 1].content + ' A ' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}",
-            r"writes messages\[0\] or a tool into the same turn",
+            r"writes messages\[0\] into the same turn",
         ),
         (
             "{% set ns = namespace(q='') %}{% for m in messages %}{% if m.role == 'assistant' %}"
             "{{ ns.q + m.content + '<|im_end|>' }}{% else %}{% set ns.q = m.content %}{% endif %}{% endfor %}",
-            r"writes messages\[0\] or a tool into the same turn",
+            r"writes messages\[0\] into the same turn",
         ),
         (
-            "{% for m in messages %}{% for t in tools or [] %}{{ t.x }}{% endfor %}" + TURN + "{% endfor %}" + ASK,
-            "or a tool into the same turn",
+            "{% for m in messages %}" + TURN.replace("+ m.content", "+ tools[0].x + m.content") + "{% endfor %}" + ASK,
+            "writes a tool's schema into the same turn",
         ),
         ("{{ raise_exception('no such talk') }}", "refuses the conversation: no such talk"),
         ("{{ messages[0].absent.key }}", "refuses the conversation: .*no attribute 'absent'"),
@@ -310,13 +308,13 @@ def test_offsets_that_a_post_processor_trims_move_no_boundary(plain: PreTrainedT
 
 def test_an_untrained_turn_need_not_be_known(plain: PreTrainedTokenizerFast) -> None:
     template = LOOP.replace("'<|im_end|>\\n'", "('.' if m.content == 'Hi.' else '<|im_end|>\\n')")
-    with pytest.raises(RowError, match=r"messages\[1\].*no end-of-turn"):
-        with_template(plain, template).encode(CHAT)
     ours = with_template(plain, template)
-    assert trained_texts(ours, ours.encode(CHAT, "last")) == TRAINED[1:]
+    with pytest.raises(RowError, match=r"messages\[1\].*no end-of-turn"):
+        ours.encode(CHAT, Selection(open_turns="error"))
+    assert trained_texts(ours, ours.encode(CHAT, Selection("last", open_turns="error"))) == TRAINED[1:]
 
 
-@pytest.mark.parametrize(("text", "reason"), [(f"a{MARK}b", "private-use"), ("a\ud800b", "surrogate")])
+@pytest.mark.parametrize(("text", "reason"), [("a\ud800b", "surrogate")])
 def test_characters_that_cannot_be_are_refused(plain: PreTrainedTokenizerFast, text: str, reason: str) -> None:
     with pytest.raises(RowError, match=reason):
         with_template(plain, LOOP).encode(Conversation((user(text), answer("Hi."))))
@@ -388,14 +386,14 @@ LONG = Conversation(
 )
 def test_train_on_chooses_messages(plain: PreTrainedTokenizerFast, train_on: Any, expected: list[str]) -> None:
     ours = with_template(plain, LOOP)
-    assert trained_texts(ours, ours.encode(LONG, train_on)) == expected
+    assert trained_texts(ours, ours.encode(LONG, Selection(train_on))) == expected
 
 
 def test_all_trains_every_token_but_the_first(plain: PreTrainedTokenizerFast) -> None:
-    weights = with_template(plain, LOOP).encode(CHAT, "all").loss_weights
+    weights = with_template(plain, LOOP).encode(CHAT, Selection("all")).loss_weights
     assert weights.tolist() == [0.0] + [1.0] * (len(weights) - 1)
     untraceable = "{% for i in range(messages|length) %}{{ messages[i].content }}{% endfor %}"
-    assert with_template(plain, untraceable).encode(CHAT, "all").loss_weights.any()
+    assert with_template(plain, untraceable).encode(CHAT, Selection("all")).loss_weights.any()
 
 
 def test_a_messages_own_weight_decides_among_trained_roles(plain: PreTrainedTokenizerFast) -> None:
@@ -404,8 +402,8 @@ def test_a_messages_own_weight_decides_among_trained_roles(plain: PreTrainedToke
     encoded = ours.encode(chat)
     assert trained_texts(ours, encoded) == ["x<|im_end|>", "z<|im_end|>"]
     assert sorted(set(encoded.loss_weights.tolist())) == [0.0, 0.5, 1.0]
-    assert trained_texts(ours, ours.encode(chat, "last")) == ["x<|im_end|>", "z<|im_end|>"]
-    everything = ours.encode(Conversation((user("a"), answer("x", weight=0.0))), "all")
+    assert trained_texts(ours, ours.encode(chat, Selection("last"))) == ["x<|im_end|>", "z<|im_end|>"]
+    everything = ours.encode(Conversation((user("a"), answer("x", weight=0.0))), Selection("all"))
     assert ours.decode(everything.tokens[everything.loss_weights == 0][1:]) == "<|im_start|>assistant\nx<|im_end|>\n"
 
 
@@ -485,13 +483,19 @@ def texts_by_side(ours: TextTokenizer, encoded: Encoded, length: int, side: Any)
     return ours.decode(cut.tokens)
 
 
+def turns_of(ours: TextTokenizer, encoded: Encoded) -> list[str]:
+    tokens: dict[int | None, list[int]] = {}
+    for span in encoded.spans:
+        tokens.setdefault(span.message, []).extend(encoded.tokens[span.start : span.end].tolist())
+    return [ours.decode(ids) for ids in tokens.values()]
+
+
 def test_cuts_keep_what_their_side_says(plain: PreTrainedTokenizerFast) -> None:
     ours = with_template(plain, LOOP)
     encoded = ours.encode(LONG)
     turns = [f"<|im_start|>{m.role}\n{m.content}<|im_end|>\n" for m in LONG.messages]
     assert ours.decode(encoded.tokens[: encoded.prefix]) == turns[0]
-    assert [ours.decode(encoded.tokens[s.start : s.end]) for s in encoded.spans] == turns
-    assert [span.message for span in encoded.spans] == list(range(len(turns)))
+    assert turns_of(ours, encoded) == turns
     assert truncate(encoded, len(encoded.tokens), "right") is encoded
     length = encoded.turn_ends[2] + 3
     assert texts_by_side(ours, encoded, length, "right") == ours.decode(encoded.tokens[:length])
@@ -500,7 +504,7 @@ def test_cuts_keep_what_their_side_says(plain: PreTrainedTokenizerFast) -> None:
     assert left.startswith(turns[0])
     assert left.endswith("".join(turns[-1:]))
     cut = truncate(encoded, length, "left")
-    assert ours.decode(cut.tokens[cut.spans[-1].start : cut.spans[-1].end]) == turns[-1]
+    assert turns_of(ours, cut)[-1] == turns[-1]
 
 
 @pytest.mark.parametrize(("side", "length"), [("right", 8), ("turns", 20), ("turns", 3), ("left", 4)])

@@ -1,0 +1,516 @@
+"""Text that knows who wrote each of its characters, through whatever a template does to it.
+
+`Traced` is a str that carries its characters' origins through slices, joins and every other method of str; the
+functions below do for Jinja's own joining, filters and loops what its methods do for Python's. Knows no chat.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import string
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from jinja2.filters import FILTERS
+from markupsafe import Markup
+
+from burnish.types import Origin
+
+Wrapped = TypeVar("Wrapped")
+
+
+class Pass:
+    """One pass of a loop. `message` is the message that it is about; None where that is not known from the loop."""
+
+    __slots__ = ("is_named", "message", "parent")
+
+    def __init__(self, message: int | None, parent: Pass | None, is_named: bool) -> None:
+        self.message = message
+        self.parent = parent
+        self.is_named = is_named
+
+
+class Lost:
+    """The author of text that was made from several authors' texts in a way that nothing follows."""
+
+
+class Generation:
+    """Stands, at no width, where a `{% generation %}` block begins or ends."""
+
+    __slots__ = ("is_start",)
+
+    def __init__(self, is_start: bool) -> None:
+        self.is_start = is_start
+
+
+OUTSIDE = Pass(None, None, False)
+LOST = Lost()
+GENERATION_STARTS, GENERATION_ENDS = Generation(True), Generation(False)
+
+Author = Origin | Lost | Generation | None
+"""Who wrote a run of characters; None is the template."""
+Run = tuple[int, Author, Pass]
+"""Characters, their author, and the pass in which they were first put beside other text (OUTSIDE: in none yet)."""
+
+
+class _Here(threading.local):
+    """The pass that the template is at, of the rendering under way in this thread."""
+
+    now: Pass = OUTSIDE
+
+
+HERE = _Here()
+
+
+class Traced(str):
+    """A str with the origin of each character: `_runs` are its runs in order, whose lengths sum to its own.
+
+    Every method of str that returns text is here. Where characters cannot be followed one by one, all of the result has
+    the one author that the method's texts have in common, or is LOST where they have several.
+    """
+
+    __slots__ = ("_runs",)
+    _runs: tuple[Run, ...]
+
+    def __new__(cls, text: object = "", runs: tuple[Run, ...] | None = None) -> Traced:
+        made = str.__new__(cls, text)
+        made._runs = runs if runs is not None else ((len(made), LOST, OUTSIDE),)
+        return made
+
+    def __str__(self) -> str:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("traced text belongs to one rendering")
+
+    def __add__(self, other: Any) -> Any:
+        if type(other) is str:
+            return _make(str.__add__(self, other), (*_settled(self._runs), (len(other), None, HERE.now)))
+        if type(other) is Traced:
+            return _make(str.__add__(self, other), (*_settled(self._runs), *_settled(other._runs)))
+        if isinstance(other, Markup) or not isinstance(other, str):
+            return NotImplemented
+        return joined((self, other))
+
+    def __radd__(self, other: Any) -> Any:
+        if type(other) is str:
+            return _make(str.__add__(other, self), ((len(other), None, HERE.now), *_settled(self._runs)))
+        return NotImplemented
+
+    def __mul__(self, count: Any) -> Any:
+        if not isinstance(count, int):
+            return NotImplemented
+        return _make(str.__mul__(self, count), self._runs * max(count, 0))
+
+    def __rmul__(self, count: Any) -> Any:
+        return self * count
+
+    def __mod__(self, values: Any) -> Any:
+        return derived(str.__mod__(self, values), self, values)
+
+    def __rmod__(self, other: Any) -> Any:
+        return derived(str.__mod__(other, self), other, self) if isinstance(other, str) else NotImplemented
+
+    def __getitem__(self, key: Any) -> str:
+        if isinstance(key, slice):
+            start, stop, step = key.indices(len(self))
+            if step == 1:
+                return _cut(self, start, max(start, stop))
+            if step == -1 and str.__getitem__(self, key) == str.__getitem__(self, slice(None, None, -1)):
+                return _make(str.__getitem__(self, key), self._runs[::-1])
+            return derived(str.__getitem__(self, key), self)
+        place = key.__index__()
+        character = str.__getitem__(self, place)
+        start = place % len(self)
+        return _cut(self, start, start + len(character))
+
+    def __iter__(self) -> Iterator[str]:
+        return (_cut(self, i, i + 1) for i in range(len(self)))
+
+    def strip(self, characters: str | None = None, /) -> str:
+        text = str.strip(self, characters)
+        if len(text) == len(self):
+            return self
+        start = len(self) - len(str.lstrip(self, characters))
+        return _cut(self, start, start + len(text))
+
+    def lstrip(self, characters: str | None = None, /) -> str:
+        return _cut(self, len(self) - len(str.lstrip(self, characters)), len(self))
+
+    def rstrip(self, characters: str | None = None, /) -> str:
+        return _cut(self, 0, len(str.rstrip(self, characters)))
+
+    def removeprefix(self, prefix: str, /) -> str:
+        return _cut(self, len(self) - len(str.removeprefix(self, prefix)), len(self))
+
+    def removesuffix(self, suffix: str, /) -> str:
+        return _cut(self, 0, len(str.removesuffix(self, suffix)))
+
+    def split(self, sep: str | None = None, maxsplit: Any = -1) -> list[str]:
+        return _cut_into(self, str.split(self, sep, maxsplit), sep)
+
+    def rsplit(self, sep: str | None = None, maxsplit: Any = -1) -> list[str]:
+        return _cut_into(self, str.rsplit(self, sep, maxsplit), sep)
+
+    def splitlines(self, keepends: bool = False) -> list[str]:
+        lines, start = [], 0
+        for kept, whole in zip(str.splitlines(self, keepends), str.splitlines(self, True), strict=True):
+            lines.append(_cut(self, start, start + len(kept)))
+            start += len(whole)
+        return lines
+
+    def partition(self, sep: str, /) -> tuple[str, str, str]:
+        first, found, last = _cut_into(self, list(str.partition(self, sep)), "")
+        return first, found, last
+
+    def rpartition(self, sep: str, /) -> tuple[str, str, str]:
+        first, found, last = _cut_into(self, list(str.rpartition(self, sep)), "")
+        return first, found, last
+
+    def replace(self, old: str, new: str, count: Any = -1, /) -> str:
+        if not old:
+            return derived(str.replace(self, old, new, count), self, new)
+        if old not in self:
+            return self
+        pieces = self.split(old, count)
+        between: list[str] = [new] * (2 * len(pieces) - 1)
+        between[::2] = pieces
+        return joined(between)
+
+    def join(self, texts: Iterable[str], /) -> str:
+        pieces = list(texts)
+        between: list[Any] = [self] * max(2 * len(pieces) - 1, 0)
+        between[::2] = pieces
+        for piece in pieces:
+            if not isinstance(piece, str):
+                return str.join(self, pieces)  # raises what str raises
+        return joined(between)
+
+    def upper(self) -> str:
+        return _by_run(self, str.upper)
+
+    def lower(self) -> str:
+        return _by_run(self, str.lower)
+
+    def casefold(self) -> str:
+        return _by_run(self, str.casefold)
+
+    def swapcase(self) -> str:
+        return _by_run(self, str.swapcase)
+
+    def translate(self, table: Any, /) -> str:
+        return _by_run(self, lambda text: str.translate(text, table))
+
+    def capitalize(self) -> str:
+        return derived(str.capitalize(self), self)
+
+    def title(self) -> str:
+        return derived(str.title(self), self)
+
+    def expandtabs(self, tabsize: Any = 8) -> str:
+        return derived(str.expandtabs(self, tabsize), self)
+
+    def center(self, width: Any, fill: str = " ", /) -> str:
+        return derived(str.center(self, width, fill), self, fill)
+
+    def ljust(self, width: Any, fill: str = " ", /) -> str:
+        return joined((self, str.ljust(self, width, fill)[len(self) :]))
+
+    def rjust(self, width: Any, fill: str = " ", /) -> str:
+        text = str.rjust(self, width, fill)
+        return joined((text[: len(text) - len(self)], self))
+
+    def zfill(self, width: Any, /) -> str:
+        return derived(str.zfill(self, width), self)
+
+
+class TracedMarkup(Markup):
+    """What `|safe` makes of text: Jinja's Markup, which escapes what is added to it, with the origins of `_text`."""
+
+    __slots__ = ("_text",)
+    _text: str
+
+    def __str__(self) -> str:
+        return self._text
+
+
+class _TracedInt(int):
+    _origin: Origin
+
+    def __str__(self) -> str:
+        return _make(int.__repr__(self), ((len(int.__repr__(self)), self._origin, OUTSIDE),))
+
+
+class _TracedFloat(float):
+    _origin: Origin
+
+    def __str__(self) -> str:
+        return _make(float.__repr__(self), ((len(float.__repr__(self)), self._origin, OUTSIDE),))
+
+
+class PassMark(str):
+    """An empty output that says which pass the output behind it belongs to."""
+
+    __slots__ = ("entered",)
+    entered: Pass
+
+    def __str__(self) -> str:
+        return self
+
+
+def _make(text: str, runs: tuple[Run, ...]) -> Traced:
+    made = str.__new__(Traced, text)
+    made._runs = runs
+    return made
+
+
+def trace_text(text: str, origin: Origin) -> str:
+    """`text` by `origin`, in no pass yet."""
+    return _make(text, ((len(text), origin, OUTSIDE),))
+
+
+def trace_value(value: Any, origin: Origin, containers: dict[int, Origin]) -> Any:
+    """A copy of a JSON value whose text and numbers are by `origin`; its lists and dicts go into `containers`."""
+    kind = type(value)
+    if kind is str:
+        return _make(value, ((len(value), origin, OUTSIDE),))
+    if kind is dict:
+        copy = {trace_value(k, origin, containers): trace_value(v, origin, containers) for k, v in value.items()}
+        containers[id(copy)] = origin
+        return copy
+    if kind is list or kind is tuple:
+        items = [trace_value(item, origin, containers) for item in value]
+        containers[id(items)] = origin
+        return items
+    if kind is int or kind is float:
+        number = _TracedInt(value) if kind is int else _TracedFloat(value)
+        number._origin = origin
+        return number
+    return value
+
+
+def _settled(runs: tuple[Run, ...]) -> tuple[Run, ...]:
+    """`runs` as put beside other text here and now: what was in no pass yet is in this one."""
+    now = HERE.now
+    if now is OUTSIDE:
+        return runs
+    if len(runs) == 1:
+        run = runs[0]
+        return runs if run[2] is not OUTSIDE else ((run[0], run[1], now),)
+    return tuple([run if run[2] is not OUTSIDE else (run[0], run[1], now) for run in runs])
+
+
+def _cut(text: Traced, start: int, stop: int) -> str:
+    """Characters [start, stop) of `text`."""
+    runs = text._runs
+    if len(runs) == 1:
+        return _make(str.__getitem__(text, slice(start, stop)), ((stop - start, runs[0][1], runs[0][2]),))
+    if stop - start == len(text):
+        return text
+    kept: list[Run] = []
+    position = 0
+    for length, author, in_pass in runs:
+        first, last = max(position, start), min(position + length, stop)
+        position += length
+        if first < last or (not length and start <= position <= stop):
+            kept.append((last - first if length else 0, author, in_pass))
+    return _make(str.__getitem__(text, slice(start, stop)), tuple(kept))
+
+
+def _cut_into(text: Traced, pieces: list[str], separator: str | None) -> list[str]:
+    """The pieces of `text` that a split gave; `separator` stood between them, None for any white space."""
+    found, position = [], 0
+    for piece in pieces:
+        if separator is None:
+            position = str.find(text, piece, position)
+        found.append(_cut(text, position, position + len(piece)))
+        position += len(piece) + len(separator or "")
+    return found
+
+
+def _by_run(text: Traced, change: Callable[[str], str]) -> str:
+    """`change` of `text`, run by run where that comes to the same as at once."""
+    changed = change(str.__str__(text)) if len(text._runs) > 1 else change(text)
+    if len(text._runs) == 1:
+        return _make(changed, ((len(changed), *text._runs[0][1:]),))
+    parts, position = [], 0
+    for length, _, _ in text._runs:
+        parts.append(change(str.__getitem__(text, slice(position, position + length))))
+        position += length
+    if "".join(parts) != changed:
+        return derived(changed, text)
+    return _make(changed, tuple((len(part), *run[1:]) for part, run in zip(parts, text._runs, strict=True)))
+
+
+def joined(pieces: Iterable[Any]) -> str:
+    """`"".join(map(str, pieces))` with origins. Marks of passes among them say where the pieces behind them stand."""
+    texts: list[str] = []
+    runs: list[Run] = []
+    now = HERE.now
+    for piece in pieces:
+        kind = type(piece)
+        if kind is str:
+            if piece:
+                texts.append(piece)
+                runs.append((len(piece), None, now))
+            continue
+        if kind is PassMark:
+            now = piece.entered
+            continue
+        text = piece if kind is Traced else str(piece)
+        if type(text) is not Traced:
+            author = LOST if isinstance(piece, Markup) else None
+            texts.append(text)
+            runs.append((len(text), author, now))
+            continue
+        texts.append(text)
+        if now is OUTSIDE:
+            runs.extend(text._runs)
+        else:
+            runs.extend([run if run[2] is not OUTSIDE else (run[0], run[1], now) for run in text._runs])
+    return _make("".join(texts), tuple(runs))
+
+
+def joined_if_traced(pieces: Iterable[Any]) -> str:
+    """`joined`, or a plain str where no piece has an origin: what a template makes of its own words alone."""
+    texts = [str(piece) for piece in pieces]
+    for text in texts:
+        if type(text) is not str:
+            return joined(texts)
+    return "".join(texts)
+
+
+def derived(result: Any, *sources: Any) -> Any:
+    """`result`, which was made of `sources` in a way that is not followed: by their one author, else LOST."""
+    if type(result) is not str:
+        return result
+    authors = set[Author]()
+    for source in sources:
+        _collect(source, authors, None)
+    authors.discard(None)
+    if not authors:
+        return result
+    author = next(iter(authors)) if len(authors) == 1 else _common(authors)
+    return _make(result, ((len(result), author, OUTSIDE),))
+
+
+def _common(authors: set[Author]) -> Author:
+    """One message's content where all authors are that message, else LOST."""
+    messages = {author.message if isinstance(author, Origin) else author for author in authors}
+    if len(messages) == 1 and all(isinstance(a, Origin) and a.part != "tools" for a in authors):
+        (message,) = messages
+        return Origin(message, "content")  # pyright: ignore[reportArgumentType]
+    return LOST
+
+
+def _collect(value: Any, authors: set[Author], containers: Mapping[int, Origin] | None) -> None:
+    """Add the authors of all text in a value; containers made by `trace_value` are not searched."""
+    if isinstance(value, Traced):
+        authors.update(author for length, author, _ in value._runs if length)
+    elif isinstance(value, TracedMarkup):
+        _collect(value._text, authors, containers)
+    elif isinstance(value, Markup):
+        authors.add(LOST)
+    elif isinstance(value, _TracedInt | _TracedFloat):
+        authors.add(value._origin)
+    elif containers is not None and id(value) in containers:
+        authors.add(containers[id(value)])
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _collect(key, authors, containers)
+            _collect(item, authors, containers)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            _collect(item, authors, containers)
+
+
+def to_json(value: Any, containers: Mapping[int, Origin], **options: Any) -> str:
+    """`json.dumps` with the origin of what was dumped."""
+    text = json.dumps(value, **options)
+    origin = containers.get(id(value))
+    if origin is not None:
+        return _make(text, ((len(text), origin, OUTSIDE),))
+    authors = set[Author]()
+    _collect(value, authors, containers)
+    authors.discard(None)
+    if not authors:
+        return text
+    author = next(iter(authors)) if len(authors) == 1 else _common(authors)
+    return _make(text, ((len(text), author, OUTSIDE),))
+
+
+def formatted(formatter: string.Formatter, form: str, values: Sequence[Any], named: Mapping[str, Any]) -> str:
+    """`str.format` with origins; a field with a conversion or a specification has the author of its value."""
+    pieces: list[Any] = []
+    numbered = 0
+    for literal, field, specification, conversion in formatter.parse(form):
+        # The literal with its braces undoubled is no slice of `form`, so its author is that of what stands there.
+        pieces.append(derived(literal, form) if isinstance(form, Traced) else literal)
+        if field is None:
+            continue
+        if field == "" or not field.split(".")[0].split("[")[0]:
+            field, numbered = f"{numbered}{field}", numbered + 1
+        value, _ = formatter.get_field(field, values, named)
+        if conversion or specification:
+            text = formatter.vformat(f"{{0{'!' + conversion if conversion else ''}:{specification}}}", (value,), {})
+            pieces.append(derived(str.__str__(text), value))
+        else:
+            pieces.append(value)
+    return joined_if_traced(pieces)
+
+
+# --- Jinja's filters ---
+
+
+def _following(function: Callable[..., Wrapped]) -> Callable[..., Wrapped]:
+    """A filter whose text has, where it lost its origins, the author of what went in."""
+
+    @functools.wraps(function)
+    def follow(*arguments: Any, **options: Any) -> Any:
+        return derived(function(*arguments, **options), *arguments, *options.values())
+
+    return follow
+
+
+def _safe(value: Any) -> Markup:
+    text = str(value)
+    made = TracedMarkup(text)
+    made._text = text if isinstance(text, Traced) else _make(text, ((len(text), None, HERE.now),))
+    return made
+
+
+def _join(evaluation: Any, values: Iterable[Any], between: str = "", attribute: Any = None) -> str:
+    if attribute is not None:
+        return derived(_JINJA_JOIN(evaluation, values, between, attribute), *values)
+    pieces = [str(value) for value in values]
+    separated: list[Any] = [str(between)] * max(2 * len(pieces) - 1, 0)
+    separated[::2] = pieces
+    return joined_if_traced(separated)
+
+
+def _indent(text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    if isinstance(text, Markup):
+        return FILTERS["indent"](text, width, first, blank)
+    indention = width if isinstance(width, str) else " " * width
+    lines = joined_if_traced((text, "\n")).splitlines()
+    pieces = [indention] if first else []
+    for number, line in enumerate(lines):
+        pieces += ["\n" if number else "", indention if number and (line or blank) else "", line]
+    return joined_if_traced(pieces)
+
+
+_JINJA_JOIN = FILTERS["join"]
+_FOLLOWED = (
+    "capitalize", "center", "e", "escape", "filesizeformat", "forceescape", "format", "pprint", "replace", "striptags",
+    "title", "truncate", "urlencode", "urlize", "wordwrap", "xmlattr",
+)  # fmt: skip
+
+TRACED_FILTERS: Mapping[str, Callable[..., Any]] = {
+    **{name: _following(FILTERS[name]) for name in _FOLLOWED},
+    "safe": _safe,
+    "join": functools.wraps(_JINJA_JOIN)(_join),
+    "indent": _indent,
+}
+"""Filters by Jinja's names, with origins; the others keep them as they are."""

@@ -1,0 +1,489 @@
+"""Which characters of a rendered conversation are trained: the turns of assistants, from header to end-of-turn.
+
+A turn's trained characters are what the model would generate there: all behind the generation prompt through the
+end-of-turn token, whoever wrote it. Knows characters and their authors; tokens are `chat.py`'s.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+from burnish.config import LastTurns, Roles, TrainOn
+from burnish.data.template import Rendering, Run, Template, common_prefix, message_dict
+from burnish.types import Conversation, Message, RowError
+
+_BLANK = re.compile(r"\s*")
+
+OpenTurns = Literal["report", "close", "error"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What of a chat is trained: `train_on`, `train_reasoning`, `train_tool_calls` and `open_turns` of a recipe."""
+
+    train_on: TrainOn = "assistant"
+    reasoning: bool = True
+    tool_calls: bool = True
+    open_turns: OpenTurns = "report"
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """The parts of a turn that are not trained."""
+        trained = {"reasoning": self.reasoning, "tool_calls": self.tool_calls}
+        return frozenset(part for part, is_trained in trained.items() if not is_trained)
+
+
+ASSISTANT_TURNS = Selection()
+"""Every assistant turn, as a recipe trains by default."""
+
+
+class Notice(NamedTuple):
+    """Something about a row that its owner should see; `kind` is one of a few words, to count by."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A message's turn in a rendering, characters.
+
+    It stands in [start, end) and `trained` are its trained stretches, in order, with weight `weight`. Of an assistant,
+    [start, text_start) is the header that the generation prompt writes and `stop` the end-of-turn token.
+    """
+
+    message: int
+    start: int
+    text_start: int
+    end: int
+    trained: tuple[tuple[int, int], ...]
+    weight: float
+    stop: tuple[int, int] | None = None
+    notices: tuple[Notice, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stops:
+    """Texts of the tokens that end a turn: `declared` by tokenizer and generation config, `written` by the template.
+
+    A template writes other special tokens too, so `declared` ones are preferred where a turn ends in several.
+    """
+
+    declared: frozenset[str]
+    written: frozenset[str]
+    landmarks: re.Pattern[str]
+    """The tokenizer's added tokens and line ends, at which a generation prompt may be cut."""
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        texts = sorted(self.declared | self.written, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+
+    def find(self, text: str, start: int, end: int) -> tuple[int, int] | None:
+        """The first declared stop in characters [start, end), else the last written one."""
+        found = [match.span() for match in self._pattern.finditer(text, start, end)]
+        declared = (span for span in found if text[slice(*span)] in self.declared)
+        return next(declared, found[-1] if found else None)
+
+    def declared_at(self, text: str, start: int) -> tuple[int, int] | None:
+        """The declared stop that begins at `start`."""
+        match = self._pattern.match(text, start)
+        return match.span() if match is not None and match.group() in self.declared else None
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation with the template and arguments that write it."""
+
+    template: Template
+    conversation: Conversation
+    kwargs: Mapping[str, Any]
+
+    @cached_property
+    def messages(self) -> list[dict[str, Any]]:
+        return [message_dict(message) for message in self.conversation.messages]
+
+    def trace(self) -> Rendering:
+        return self.template.trace(self.conversation, self.kwargs)
+
+    def prompt(self, number: int) -> str:
+        """The whole prompt that asks the model for message `number`."""
+        return self.template.render(
+            self.messages[:number], self.conversation.tools, self.kwargs, add_generation_prompt=True
+        )
+
+    def prompt_behind(self, number: int, before: str) -> str:
+        """What of that prompt stands behind the history `before`."""
+        return self.template.generation_prompt(self.messages, number, self.conversation.tools, self.kwargs, before)
+
+
+def message_weights(messages: Sequence[Message], train_on: TrainOn) -> tuple[float, ...]:
+    """The weight with which each message is trained.
+
+    `train_on` names the roles and, of the silent messages of those roles, the trained ones; a message's own weight
+    decides for itself, but never makes another role trained. Raises RowError where no message has such a role.
+    """
+    if train_on == "all":
+        return tuple(1.0 if message.weight is None else message.weight for message in messages)
+    roles = train_on.roles if isinstance(train_on, Roles) else ("assistant",)
+    candidates = [number for number, message in enumerate(messages) if message.role in roles]
+    if not candidates:
+        raise RowError("no assistant turn" if roles == ("assistant",) else f"no message of role {' or '.join(roles)}")
+    num_last = train_on.last_n if isinstance(train_on, LastTurns) else 1 if train_on == "last" else len(candidates)
+    trained = candidates[-num_last:]
+    own = {number: messages[number].weight for number in candidates}
+    return tuple(
+        0.0 if number not in own else float(number in trained) if own[number] is None else float(own[number] or 0)
+        for number in range(len(messages))
+    )
+
+
+def trained_turns(chat: Chat, rendering: Rendering, selection: Selection, stops: Stops) -> list[Turn]:
+    """The turns of which something is trained, by `message_weights`.
+
+    Raises RowError where it cannot be known which characters the model would generate.
+    """
+    turns = []
+    messages = chat.conversation.messages
+    for number, weight in enumerate(message_weights(messages, selection.train_on)):
+        if weight == 0:
+            continue
+        if messages[number].role == "assistant":
+            turn = _assistant_turn(chat, rendering, number, weight, selection, stops)
+            if turn is not None:
+                turns.append(turn)
+        else:
+            own = [run for run in rendering.runs if run.origin == (number, "content")]
+            if own:
+                spans = tuple((run.start, run.end) for run in own)
+                turns.append(Turn(number, own[0].start, own[0].start, own[-1].end, spans, weight))
+    return turns
+
+
+def weighted_turns(rendering: Rendering, messages: Sequence[Message]) -> list[Turn]:
+    """The turns, headers included, of the messages that have a weight of their own, where all else is trained."""
+    turns = []
+    for number, message in enumerate(messages):
+        if message.weight is not None:
+            for run in rendering.runs:
+                if run.turn == number:
+                    spans = ((run.start, run.end),)
+                    turns.append(Turn(number, run.start, run.start, run.end, spans, message.weight))
+    return turns
+
+
+def single_turn(chat: Chat, rendering: Rendering, weight: float, selection: Selection, stops: Stops) -> Turn:
+    """The last turn of `rendering`, under exactly the prompt that inference gives it.
+
+    Raises RowError where the template does not write the turn as a continuation of that prompt.
+    """
+    number = len(chat.conversation.messages) - 1
+    prompt = chat.prompt(number)
+    if not rendering.text.startswith(prompt):
+        shared = common_prefix(rendering.text, prompt)
+        raise _unsure(
+            number,
+            f"inference asks for the turn with {prompt[max(0, shared - 20) : shared + 20]!r}, and the chat template "
+            f"writes {rendering.text[max(0, shared - 20) : shared + 20]!r}, which does not go on from there; set "
+            "data.chat_template_kwargs so that both agree (such as enable_thinking), or data.turn_per_sample to false",
+        )
+    turn = _assistant_turn(chat, rendering, number, weight, selection, stops, text_start=len(prompt))
+    if turn is None:
+        raise _unsure(number, "the chat template does not write it")
+    return turn
+
+
+def closing_stop(chat: Chat, stops: Stops) -> str | None:
+    """The declared stop by which the template would begin a turn behind the last: a tool's behind calls, else a user's.
+
+    None where it begins with no such token, or refuses the turn.
+    """
+    messages = chat.conversation.messages
+    following = Message("tool" if messages[-1].tool_calls else "user", "?")
+    try:
+        rendering = chat.template.trace(replace(chat.conversation, messages=(*messages, following)), chat.kwargs)
+    except RowError:
+        return None
+    number = len(messages)
+    start = next((rendering.runs[i].start for i in rendering.turns.get(number, ())), len(rendering.text))
+    match = _BLANK.match(rendering.text, start)
+    assert match is not None, "white space matches everywhere"
+    stop = stops.declared_at(rendering.text, match.end())
+    return None if stop is None else rendering.text[slice(*stop)]
+
+
+def _assistant_turn(
+    chat: Chat,
+    rendering: Rendering,
+    number: int,
+    weight: float,
+    selection: Selection,
+    stops: Stops,
+    text_start: int | None = None,
+) -> Turn | None:
+    """Turn `number`, whose header ends at `text_start` where that is known; None where the template drops it."""
+    place = _place(chat, rendering, number)
+    if place is None:
+        return None
+    text, start, end = rendering.text, place.start, place.end
+    runs = rendering.runs[place.first : place.last + 1]
+    if text_start is None:
+        text_start = start if place.is_bare else start + _header(chat, text, number, place, runs, stops)
+    closing = max([text_start, *(run.end for run in runs if _is_text_of(run, number))])
+    stop = stops.find(text, closing, end) or _next_stop(rendering, place, stops)
+    notices: list[Notice] = []
+    if stop is None:
+        notices.append(_open_turn(text, number, closing, end, stops, selection))
+    elif stop[1] > end:
+        runs = (*runs, _clipped(rendering.runs[_run_at(rendering, place.last, stop[0])], end, stop[1]))
+    end = end if stop is None else stop[1]
+    inside = [_clipped(run, max(run.start, text_start), min(run.end, end)) for run in runs]
+    inside = [run for run in inside if run.start < run.end]
+    _check_authors(inside, text, number)
+    trained = _without(selection.left_out, inside, text, number, stop) if selection.left_out else inside
+    if rendering.has_blocks:
+        notices += _block_notices(number, text, inside, runs, text_start, end, stop)
+        trained = _in_blocks(trained, stop)
+    spans = _merged((run.start, run.end) for run in trained)
+    return Turn(number, start, text_start, end, spans, weight, stop, tuple(notices))
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a turn stands: characters [start, end) in runs `first` to `last`, both inclusive.
+
+    `is_bare` is a turn of which the template says no more than the text, as outside any loop; it starts behind its
+    prompt.
+    """
+
+    start: int
+    end: int
+    first: int
+    last: int
+    is_bare: bool = False
+
+
+def _place(chat: Chat, rendering: Rendering, number: int) -> _Place | None:
+    """Where message `number` stands, without the template's white space behind it; None where it is not written.
+
+    Raises RowError where it stands in several places, or where another message stands amid it.
+    """
+    text, runs = rendering.text, rendering.runs
+    own = [i for i in rendering.turns.get(number, ()) if not (_is_template(runs[i]) and _is_blank(text, runs[i]))]
+    if not own:
+        return _unmarked_place(chat, rendering, number)
+    first, last = own[0], own[-1]
+    for run in runs[first:last]:
+        if run.turn != number and not _is_blank(text, run):
+            other = "text of no message" if run.turn is None else f"messages[{run.turn}]"
+            raise _unsure(number, f"the chat template writes it in several places, with {other} between them")
+    if not any(_is_template(runs[i]) for i in own):
+        return _bare_place(chat, rendering, number, first, last)
+    if first and runs[first - 1].turn == number:
+        first -= 1  # white space that may be the header's
+    end = runs[last].end
+    if _is_template(runs[last]):
+        end = runs[last].start + len(text[runs[last].start : end].rstrip())
+    return _Place(runs[first].start, end, first, last)
+
+
+def _bare_place(chat: Chat, rendering: Rendering, number: int, first: int, last: int) -> _Place:
+    """Where a turn stands whose text alone is known to be its own, in runs `first` to `last`."""
+    text, runs = rendering.text, rendering.runs
+    prompt = chat.prompt(number)
+    before = runs[first].start
+    if first and runs[first - 1].turn is None and _is_template(runs[first - 1]):
+        first -= 1
+    if not text.startswith(prompt) or not runs[first].start <= len(prompt) <= before:
+        raise _unsure(number, "the chat template writes it in no loop over the messages, and not behind its prompt")
+    end = runs[last].end
+    if last + 1 < len(runs) and runs[last + 1].turn is None and _is_template(runs[last + 1]):
+        last += 1
+        end += len(text[end : runs[last].end].rstrip())
+    return _Place(len(prompt), end, first, last, is_bare=True)
+
+
+def _unmarked_place(chat: Chat, rendering: Rendering, number: int) -> _Place | None:
+    """Where a turn of which no run tells stands: without text amid words of no turn, behind its prompt; else nowhere."""
+    text = rendering.text
+    message = chat.conversation.messages[number]
+    words = [part.strip() for part in (message.content, message.reasoning or "") if part.strip()]
+    if words or message.tool_calls:
+        if any(run.origin is None for run in rendering.runs) or any(part in text for part in words):
+            raise _unsure(number, "the chat template makes its text anew, of several texts at once")
+        return None
+    prompt = chat.prompt(number)
+    if not prompt or not text.startswith(prompt) or len(prompt) == len(text):
+        return None
+    at = _run_at(rendering, 0, len(prompt))
+    run = rendering.runs[at]
+    if run.turn is not None or not _is_template(run):
+        return None
+    end = len(prompt) + len(text[len(prompt) : run.end].rstrip())
+    return _Place(len(prompt), end, at, at, is_bare=True)
+
+
+def _run_at(rendering: Rendering, first: int, position: int) -> int:
+    """The run, from `first` on, that holds the character at `position`."""
+    return next(i for i in range(first, len(rendering.runs)) if rendering.runs[i].end > position)
+
+
+def _header(chat: Chat, text: str, number: int, place: _Place, runs: Sequence[Run], stops: Stops) -> int:
+    """Characters at the start of a turn that the generation prompt would write: their longest common prefix.
+
+    Where that ends within the prompt, it counts up to the last token of its own, line end or end of the template's own
+    words: what follows may be the assistant's words that begin as the prompt goes on (`<th` of <think> and <that>).
+    """
+    start = place.start
+    prompt = chat.prompt_behind(number, text[:start])
+    turn = text[start : place.end]
+    header = common_prefix(turn, prompt)
+    if header < len(prompt):
+        own = next((run.start for run in runs if _is_text_of(run, number)), place.end) - start
+        ends = [match.end() for match in stops.landmarks.finditer(turn, 0, header)]
+        header = max(0, *ends[-1:], own if own <= header else 0)
+    if prompt and not header:
+        raise _unsure(
+            number, f"the chat template begins the turn with {turn[:20]!r}, and asks for one with {prompt[:20]!r}"
+        )
+    return header
+
+
+def _next_stop(rendering: Rendering, place: _Place, stops: Stops) -> tuple[int, int] | None:
+    """The declared stop that begins the next turn, in the template's own words, and so ends this one (GLM)."""
+    match = _BLANK.match(rendering.text, place.end)
+    assert match is not None, "white space matches everywhere"
+    start = match.end()
+    if start == len(rendering.text):
+        return None
+    following = _run_at(rendering, place.last, start)
+    if not all(_is_template(run) for run in rendering.runs[place.last + 1 : following + 1]):
+        return None
+    return stops.declared_at(rendering.text, start)
+
+
+def _open_turn(text: str, number: int, closing: int, end: int, stops: Stops, selection: Selection) -> Notice:
+    names = ", ".join(map(repr, sorted(stops.declared | stops.written))) or "none"
+    said = f"with {text[closing:end]!r}" if closing < end else "with its text alone"
+    reason = f"the chat template ends the turn {said} and no end-of-turn token (known: {names})"
+    if selection.open_turns == "error":
+        raise RowError(
+            f"messages[{number}] (assistant): {reason}; declare the token in generation_config.json's eos_token_id, or "
+            "set data.open_turns to report or, for a last turn, close"
+        )
+    return Notice("open_turn", f"messages[{number}]: {reason}")
+
+
+def _check_authors(runs: Sequence[Run], text: str, number: int) -> None:
+    """Raises RowError where `runs`, the trained text of a turn, hold what nobody or another message wrote."""
+    for run in runs:
+        if run.origin is None:
+            shown = text[run.start : run.end][:30]
+            raise _unsure(number, f"the chat template makes {shown!r} of several texts at once")
+        if not _is_template(run) and run.origin.message != number and not _is_blank(text, run):
+            other = "a tool's schema" if run.origin.message is None else f"messages[{run.origin.message}]"
+            raise _unsure(number, f"the chat template writes {other} into the same turn")
+
+
+def _without(
+    left_out: frozenset[str], runs: Sequence[Run], text: str, number: int, stop: tuple[int, int] | None
+) -> list[Run]:
+    """`runs` of a turn without the parts `left_out`. The template's words go with the part that they open or close.
+
+    Between reasoning and tool calls the first word closes the reasoning; what stands behind the last part closes it,
+    but for the end-of-turn token.
+    """
+    kept: list[Run] = []
+    parts = [run.origin.part if run.origin is not None and _is_text_of(run, number) else None for run in runs]
+    for i, (run, part) in enumerate(zip(runs, parts, strict=True)):
+        if part is not None:
+            kept += [] if part in left_out else [run]
+            continue
+        before = next((p for p in reversed(parts[:i]) if p is not None), None)
+        after = next((p for p in parts[i + 1 :] if p is not None), None)
+        cut = run.end
+        if before == "reasoning" and after == "tool_calls":
+            match = re.match(r"\s*\S+\s*", text[run.start : run.end])
+            cut = run.start + (match.end() if match else 0)
+        elif before in (None, "content"):
+            cut = run.start
+        if after is None and stop is not None:
+            cut = min(max(cut, run.start), max(stop[0], run.start)) if before not in (None, "content") else run.start
+        if before not in left_out and run.start < cut:
+            kept.append(_clipped(run, run.start, cut))
+        if (after not in left_out or after is None) and cut < run.end:
+            kept.append(_clipped(run, cut, run.end))
+    return kept
+
+
+def _clipped(run: Run, start: int, end: int) -> Run:
+    return run if (start, end) == (run.start, run.end) else Run(start, end, run.turn, run.origin, run.is_generated)
+
+
+def _in_blocks(runs: Sequence[Run], stop: tuple[int, int] | None) -> list[Run]:
+    """What of `runs` stands in generation blocks, and the end-of-turn token wherever it stands."""
+    kept = []
+    for run in runs:
+        if run.is_generated:
+            kept.append(run)
+        elif stop is not None:
+            kept.append(_clipped(run, max(run.start, stop[0]), min(run.end, stop[1])))
+    return kept
+
+
+def _block_notices(
+    number: int,
+    text: str,
+    inside: Sequence[Run],
+    runs: Sequence[Run],
+    text_start: int,
+    end: int,
+    stop: tuple[int, int] | None,
+) -> Iterator[Notice]:
+    """Where the template's generation blocks and what the model would generate differ by more than white space."""
+    last = end if stop is None else stop[0]
+    left_out = [text[run.start : min(run.end, last)] for run in inside if not run.is_generated]
+    beyond = [text[run.start : min(run.end, text_start)] for run in runs if run.is_generated]
+    beyond += [text[max(run.start, end) : run.end] for run in runs if run.is_generated]
+    for pieces, says in (
+        (left_out, "leaves out {}, which the model would generate; it"),
+        (beyond, "holds {}, which it would not; that"),
+    ):
+        shown = next((piece for piece in pieces if piece.strip()), None)
+        if shown is not None:
+            yield Notice(
+                "generation_block",
+                f"messages[{number}]: the template's generation block {says.format(repr(shown[:40]))} is not trained",
+            )
+
+
+def _merged(spans: Iterator[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    found: list[tuple[int, int]] = []
+    for start, end in spans:
+        if start >= end:
+            continue
+        if found and found[-1][1] == start:
+            found[-1] = (found[-1][0], end)
+        else:
+            found.append((start, end))
+    return tuple(found)
+
+
+def _is_blank(text: str, run: Run) -> bool:
+    return text[run.start : run.end].isspace()
+
+
+def _is_template(run: Run) -> bool:
+    return run.origin is not None and run.origin.part == "template"
+
+
+def _is_text_of(run: Run, number: int) -> bool:
+    return run.origin is not None and run.origin.message == number and run.origin.part != "template"
+
+
+def _unsure(number: int, reason: str) -> RowError:
+    return RowError(f"messages[{number}] (assistant): cannot be sure what to train: {reason}")
