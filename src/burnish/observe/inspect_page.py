@@ -57,7 +57,9 @@ def _highlights(inspection: Inspection) -> str:
 def _warnings(warnings: Sequence[DataWarning], shown: Sequence[InspectedRow]) -> str:
     if not warnings:
         return '<p class="note">None.</p>'
-    anchors = {(row.source, row.index): f"row-{number}" for number, row in enumerate(shown)}
+    anchors: dict[tuple[str, int], str] = {}
+    for number, row in enumerate(shown):
+        anchors.setdefault((row.source, row.index), f"row-{number}")  # a row can be several: its turns
     return f'<ul class="warnings">{"".join(_warning(warning, anchors) for warning in warnings)}</ul>'
 
 
@@ -181,9 +183,10 @@ def _toolbar(sources: Sequence[str], kinds: Sequence[str], counts: Mapping[str, 
     named = [("error", "errors"), ("cut", "cut rows"), ("warning", "any warning")]
     named += [(f"warning-{number}", f"warning: {kind}") for number, kind in enumerate(kinds)]
     shown = [(flag, f"{name} ({counts[flag]:,})") for flag, name in named if counts.get(flag)]
-    choices = _choice("source", "all sources", [(str(i), name) for i, name in enumerate(sources)])
+    named_sources = [(str(number), name) for number, name in enumerate(sources)] if len(sources) > 1 else []
     return (
-        f'<div id="toolbar" hidden>{choices if len(sources) > 1 else ""}{_choice("flag", "all rows", shown)}'
+        f'<div id="toolbar" hidden>{_choice("source", "all sources", named_sources)}'
+        f"{_choice('flag', 'all rows', shown)}"
         '<label><input type="checkbox" id="bounds"> token boundaries <kbd>b</kbd></label>'
         '<span class="step"><button type="button" id="previous">Previous <kbd>k</kbd></button> '
         '<button type="button" id="next">Next <kbd>j</kbd></button></span>'
@@ -191,7 +194,9 @@ def _toolbar(sources: Sequence[str], kinds: Sequence[str], counts: Mapping[str, 
     )
 
 
-def _choice(name: str, everything: str, options: Iterable[tuple[str, str]]) -> str:
+def _choice(name: str, everything: str, options: Sequence[tuple[str, str]]) -> str:
+    if not options:
+        return ""
     drawn = "".join(f'<option value="{value}">{escape(text)}</option>' for value, text in options)
     return f'<select id="{name}" aria-label="Show"><option value="">{everything}</option>{drawn}</select>'
 
@@ -353,7 +358,7 @@ const showBounds = () => {
 const filter = () => {
   for (const row of rows) {
     const ofSource = !source?.value || row.dataset.source === source.value;
-    row.hidden = !ofSource || (flag.value !== "" && !row.dataset.flags.split(" ").includes(flag.value));
+    row.hidden = !ofSource || (flag?.value && !row.dataset.flags.split(" ").includes(flag.value));
   }
   const shown = rows.filter((row) => !row.hidden).length;
   count.textContent = shown === rows.length ? "" : `${shown} of ${rows.length} rows`;
@@ -452,7 +457,8 @@ kbd { padding: 0 4px; font: 11px ui-monospace, monospace; color: var(--quiet); b
 /* Markers keep their shape in lines that run from right to left. */
 .frame, .end { direction: ltr; unicode-bidi: isolate; }
 .gap { display: block; margin: 8px 0; color: var(--quiet); }
-.end { border: 1px dashed var(--axis); border-radius: 3px; } mark.end { border: 1px solid var(--mark-rule); }
+.end { border: 1px dashed var(--axis); border-radius: 3px; box-shadow: none; }
+mark.end { border: 1px solid var(--mark-rule); }
 .shade-0 { background: color-mix(in srgb, var(--mark) 30%, transparent); }
 .shade-1 { background: color-mix(in srgb, var(--mark) 45%, transparent); }
 .shade-2 { background: color-mix(in srgb, var(--mark) 60%, transparent); }

@@ -156,7 +156,7 @@ pre {
   margin: 0; font: 13px/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate;
 }
-mark { background: var(--mark); color: inherit; box-shadow: inset 0 -1px var(--mark-rule); }
+mark { padding-bottom: 2px; background: var(--mark); color: inherit; box-shadow: inset 0 -1px var(--mark-rule); }
 .partial { box-shadow: inset 0 -1px var(--page), inset 0 -2px var(--mark-rule); }
 .pairs { display: grid; grid-template-columns: max-content 1fr; gap: 4px 24px; margin: 0; font-size: 14px; }
 .pairs dt { color: var(--quiet); } .pairs dd { margin: 0; overflow-wrap: anywhere; }

@@ -288,6 +288,12 @@ def test_warnings_link_to_rows_that_are_shown_and_name_the_others():
     assert second == "pad_is_eosPad is eos.", "no count where no row is to blame"
 
 
+def test_a_warning_links_to_the_first_of_the_samples_that_a_row_gives():
+    rows = [chat(), chat(index=4), chat(index=4)]
+    page = render(inspection(rows, warnings=[DataWarning("empty_turn", "A turn is empty.", 1, (("chat", 4),))]))
+    assert '<a href="#row-1">4</a>' in page
+
+
 def test_tables_have_a_line_a_source_and_their_sum():
     other = statistics("b", split="validation", rows=1, errors=0, tokens=600, trained_tokens=150, truncated=0)
     page = Page(render(inspection(sources=[statistics(), other])))
@@ -319,6 +325,7 @@ def test_rows_can_be_filtered_by_what_they_have():
     options = {e.attributes["value"]: e.text for e in page.elements if e.tag == "option"}
     assert options["warning-0"] == "warning: double_bos (2)"
     assert (options["cut"], options["error"], options["1"]) == ("cut rows (1)", "errors (1)", "b")
+    assert "<select" not in render(inspection([chat(), chat(index=1)])), "nothing to choose"
 
 
 def test_a_histogram_draws_each_bin_at_its_height():
