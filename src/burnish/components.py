@@ -26,6 +26,7 @@ from burnish.data.feed import Feed
 from burnish.data.pack import Layout
 from burnish.data.prepare import Preparer, SourceRows
 from burnish.data.rows import Rows
+from burnish.data.turns import Selection
 from burnish.model.base import model_shape
 from burnish.model.probe import leak_tolerance, probe_isolation
 from burnish.model.vocabulary import TokenizerFacts, check_vocabulary, stop_ids
@@ -132,6 +133,7 @@ class Components:
         return TextTokenizer.from_transformers(
             self.tokenizer,
             template_kwargs=self.recipe.data.chat_template_kwargs,
+            renderer=self.recipe.data.renderer,
             stop_tokens=stop_ids(self.tokenizer_facts, config, self.generation_config),
             date=self.date,
         )
@@ -172,7 +174,8 @@ class Components:
             tokenizer=self.text_tokenizer,
             limits=self.limits,
             vocab_size=self.num_embeddings,
-            train_on=data.train_on,
+            selection=Selection(data.train_on, data.train_reasoning, data.train_tool_calls, data.open_turns),
+            turn_per_sample=data.turn_per_sample,
             over_long=data.over_long,
             truncate_side=data.truncate_side,
         )

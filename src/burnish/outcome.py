@@ -39,7 +39,8 @@ LONGEST_CHARACTER = 4
 """Tokens of one character at most: bytes of UTF-8."""
 KINDS = {"packed": "packed", "rows": "one document a row", "single": "one document a micro-batch"}
 ORDINARY = ("rows", "samples", "kept")
-"""What is counted of every source; the other kinds are told of where there are any."""
+"""What is counted of every source. What is neither of these nor of `CHANGED` is a kind of notice."""
+CHANGED = ("cut", *DROPPED)
 SHOWN_SAMPLES = 3
 """Rendered samples of each source in the report."""
 
@@ -142,15 +143,7 @@ def result_facts(summary: Mapping[str, Any], folder: RunFolder) -> list[tuple[st
     if summary["final_eval_loss"] is not None:
         first, last = summary["first_eval_loss"], summary["final_eval_loss"]
         facts.append(("held-out loss", f"{last:.4f}" if first in (None, last) else f"{first:.4f} -> {last:.4f}"))
-    changed = _told(summary, lambda kind: kind in ("cut", *DROPPED))
-    if changed:
-        facts.append(("dropped or cut", changed))
-    noticed = _told(summary, lambda kind: kind not in (*ORDINARY, "cut", *DROPPED))
-    if noticed:
-        facts.append(("noticed", noticed))
-    several = _told(summary, lambda kind: kind in ("rows", "samples"))
-    if several:
-        facts.append(("samples of rows", several))
+    facts += _count_facts(summary)
     if summary["export"] is not None:
         facts.append(("export", summary["export"]))
     facts += [("report", str(folder.report)), ("metrics", str(folder.metrics))]
@@ -159,15 +152,33 @@ def result_facts(summary: Mapping[str, Any], folder: RunFolder) -> list[tuple[st
     return facts
 
 
-def _told(summary: Mapping[str, Any], is_told: Callable[[str], bool]) -> str:
-    """The counts of these kinds, by source; empty where there are none."""
-    return "; ".join(
-        f"{name}{suffix}: {number:,} {kind.replace('_', '-')}"
-        for suffix, counts in (("", summary["rows"]), (" (held out)", summary["held_out_rows"]))
-        for name, kinds in counts.items()
-        for kind, number in kinds.items()
-        if is_told(kind)
+def _count_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What became of rows, by source: nothing of those that were all kept as they are."""
+    by_source = {
+        f"{name}{suffix}": counts
+        for suffix, sources in (("", summary["rows"]), (" (held out)", summary["held_out_rows"]))
+        for name, counts in sources.items()
+    }
+
+    def told(is_told: Callable[[str], bool]) -> str:
+        return "; ".join(
+            f"{name}: {number:,} {kind.replace('_', '-')}"
+            for name, counts in by_source.items()
+            for kind, number in counts.items()
+            if is_told(kind)
+        )
+
+    several = (
+        f"{name}: {counts['samples']:,} of {counts['rows']:,} rows"
+        for name, counts in by_source.items()
+        if "samples" in counts
     )
+    facts = [
+        ("samples", "; ".join(several)),
+        ("dropped or cut", told(lambda kind: kind in CHANGED)),
+        ("noticed", told(lambda kind: kind not in (*ORDINARY, *CHANGED))),
+    ]
+    return [(label, text) for label, text in facts if text]
 
 
 def write_run_report(

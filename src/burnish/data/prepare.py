@@ -29,9 +29,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from burnish.config import SourceConfig, TrainOn
-from burnish.data.chat import Encoded, Row, TextTokenizer, TruncateSide, caught, truncate
+from burnish.config import SourceConfig
+from burnish.data.chat import Encoded, Row, TextTokenizer, TruncateSide, TurnRow, caught, truncate, turn_rows
 from burnish.data.conversation import Format, row_facts, to_conversation
+from burnish.data.turns import ASSISTANT_TURNS, Selection
 from burnish.types import RowError, Sample, Status, UserError
 
 
@@ -126,7 +127,8 @@ class Preparer:
     tokenizer: TextTokenizer
     limits: Mapping[str, int]
     vocab_size: int
-    train_on: TrainOn = "assistant"
+    selection: Selection = ASSISTANT_TURNS
+    turn_per_sample: bool = False
     over_long: Literal["error", "drop", "truncate"] = "error"
     truncate_side: TruncateSide = "right"
 
@@ -135,7 +137,7 @@ class Preparer:
         found = [self._read(item) for item in items]
         parts = [caught(self._parts, row) for row in found]
         fresh = [part for row in parts if not isinstance(row, RowError) for part in row]
-        encoded = iter(self.tokenizer.encode_batch(fresh, self.train_on))
+        encoded = iter(self.tokenizer.encode_batch(fresh, self.selection))
         return [
             [self._finish(row, None, of_row)]
             if isinstance(of_row, RowError)
@@ -151,7 +153,8 @@ class Preparer:
             "rows": origin.rows.fingerprint,
             "source": [origin.name, origin.format, origin.config.model_dump(mode="json")],
             "tokenizer": self.tokenizer.fingerprint,
-            "options": [repr(self.train_on), self.over_long, self.truncate_side, self.vocab_size, dict(self.limits)],
+            "selection": [repr(self.selection), self.turn_per_sample],
+            "options": [self.over_long, self.truncate_side, self.vocab_size, dict(self.limits)],
             "code": code_version(),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -169,10 +172,11 @@ class Preparer:
         if isinstance(found.row, RowError):
             raise found.row
         source = self.sources[found.source]
-        return [to_conversation(found.row, source.format, source.config)]
+        row = to_conversation(found.row, source.format, source.config)
+        return turn_rows(row, self.selection) if self.turn_per_sample else [row]
 
     def _finish(self, found: StreamedRow, part: Row | None, encoded: Encoded | RowError) -> Prepared:
-        turn = None
+        turn = part.number if isinstance(part, TurnRow) else None
         made = caught(self._sample, found, turn, encoded)
         if isinstance(made, Sample):
             return made
@@ -196,6 +200,7 @@ class Preparer:
             metadata=metadata,
             label=label,
             turn=turn,
+            notices=tuple(dict.fromkeys(notice.kind for notice in encoded.notices)),
         )
 
     def _fit(self, encoded: Encoded) -> Encoded:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from burnish.config import SourceConfig
-from burnish.data.chat import TextTokenizer
+from burnish.data.chat import Encoded, Row, TextTokenizer
 from burnish.data.conversation import Format
 from burnish.data.prepare import (
     Prepared,
@@ -33,6 +33,7 @@ from burnish.data.prepare import (
     counted,
     counts_text,
 )
+from burnish.data.turns import ASSISTANT_TURNS, Notice, Selection
 from burnish.types import RowError, Sample, Status, UserError
 
 HEAVY = {"torch", "transformers", "datasets"}
@@ -77,6 +78,17 @@ def preparer(chatml_tokenizer: Path) -> Preparer:
     limits = {"data.max_length": 64, "the model's maximum": 512}
     tokenizer = TextTokenizer.from_transformers(AutoTokenizer.from_pretrained(chatml_tokenizer))
     return Preparer((source,), tokenizer, limits, vocab_size=512)
+
+
+class Noticing(TextTokenizer):
+    """A tokenizer that finds something to say of rows that speak of a number."""
+
+    def encode_batch(self, rows: Sequence[Row], selection: Selection = ASSISTANT_TURNS) -> list[Encoded | RowError]:
+        said = (Notice("number", "one"), Notice("number", "another"), Notice("even", "it is even"))
+        return [
+            replace(encoded, notices=said) if isinstance(encoded, Encoded) and "number" in encoded.text else encoded
+            for encoded in super().encode_batch(rows, selection)
+        ]
 
 
 def with_rows(preparer: Preparer, *rows: dict[str, Any] | str) -> Preparer:
@@ -142,7 +154,9 @@ def test_rows_of_a_stream_come_along(preparer: Preparer) -> None:
 def test_a_fingerprint_follows_rows_options_and_tokenizer(preparer: Preparer) -> None:
     variants = [
         preparer,
-        replace(preparer, train_on="last"),
+        replace(preparer, selection=Selection(train_on="last")),
+        replace(preparer, selection=Selection(reasoning=False)),
+        replace(preparer, turn_per_sample=True),
         replace(preparer, over_long="drop"),
         replace(preparer, limits={"m": 3}),
         replace(preparer, tokenizer=replace(preparer.tokenizer, chat_template="x")),
@@ -150,6 +164,57 @@ def test_a_fingerprint_follows_rows_options_and_tokenizer(preparer: Preparer) ->
     ]
     assert len({variant.fingerprint(0) for variant in variants}) == len(variants)
     assert replace(preparer).fingerprint(0) == preparer.fingerprint(0)
+
+
+def turns(*messages: tuple[str, float | None]) -> dict[str, Any]:
+    """A chat of these answers, each with its weight."""
+    asked = ({"role": "user", "content": f"question {number}"} for number in range(len(messages)))
+    answers = ({"role": "assistant", "content": text, "weight": weight} for text, weight in messages)
+    return {"messages": [message for pair in zip(asked, answers, strict=True) for message in pair]}
+
+
+def test_each_trained_turn_is_a_sample_with_its_own_weight_and_policies(preparer: Preparer) -> None:
+    chat = turns(("one", None), ("two", 0), ("three", 0.5), ("x" * 200, 1), ("five", None))
+    chat |= {"metadata": {"n": 1}, "level": 7}
+    by_turn = replace(with_rows(preparer, chat), limits={"m": 100}, turn_per_sample=True)
+    (row,) = by_turn.prepare([(0, 0)])
+    one, three, long, five = row
+    assert isinstance(one, Sample)
+    assert isinstance(three, Sample)
+    assert [one.id, three.id] == ["rows:0:1", "rows:0:5"]
+    assert [(s.index, s.turn, s.metadata, s.label) for s in (one, three)] == [(0, 1, {"n": 1}, 7), (0, 5, {"n": 1}, 7)]
+    trained = [(preparer.tokenizer.decode(s.tokens[s.loss_weights > 0]), s.loss_weights.max()) for s in (one, three)]
+    assert trained == [("one<|im_end|>", 1.0), ("three<|im_end|>", 0.5)]
+    assert "three" not in preparer.tokenizer.decode(one.tokens), "a turn does not see what comes later"
+    assert isinstance(long, Rejected)
+    assert (long.kind, long.index) == ("over_long", 0)
+    assert long.message.startswith("rows.jsonl:1, messages[7]: ")
+    assert isinstance(five, Rejected), "its history is too long"
+    cut = replace(by_turn, over_long="truncate", truncate_side="left").prepare([(0, 0)])[0]
+    assert [one.status for one in cut if isinstance(one, Sample)] == [*["complete"] * 2, *["truncated"] * 2]
+
+
+def test_rows_without_turns_are_one_sample_or_one_reason(preparer: Preparer) -> None:
+    rows = [turns(("one", 0.0)), talk("fine"), {"messages": [{"role": "user", "content": "a"}]}, "bad"]
+    silent, one, no_turn, broken = replace(with_rows(preparer, *rows), turn_per_sample=True).prepare(
+        [(0, row) for row in range(4)]
+    )
+    assert [len(row) for row in (silent, one, no_turn, broken)] == [1, 1, 1, 1]
+    assert isinstance(one[0], Sample)
+    reasons = [row[0].message for row in (silent, no_turn, broken) if isinstance(row[0], Rejected)]
+    assert [reason.partition(": ")[0] for reason in reasons] == ["rows.jsonl:1", "rows.jsonl:3", "rows.jsonl:4"]
+    source = replace(preparer.sources[0], rows=ListRows(({"text": "the fox"},)), format=Format.TEXT)
+    ((text,),) = replace(preparer, sources=(source,), turn_per_sample=True).prepare([(0, 0)])
+    assert isinstance(text, Sample)
+    assert text.id == "rows:0"
+
+
+def test_kinds_of_notices_come_with_the_sample_each_once(preparer: Preparer) -> None:
+    noticing = Noticing(**preparer.tokenizer.__getstate__())
+    (plain,), (said,) = replace(preparer, tokenizer=noticing).prepare([(0, 0), (0, 4)])
+    assert isinstance(plain, Sample)
+    assert isinstance(said, Sample)
+    assert (plain.notices, said.notices) == ((), ("number", "even"))
 
 
 def test_counts_tell_rows_from_samples_where_they_differ() -> None:
@@ -179,6 +244,18 @@ def test_workers_give_what_this_process_gives_in_order(preparer: Preparer, pool:
     ((sample,), *_), *_ = there
     assert isinstance(sample, Sample)
     assert (sample.tokens.dtype, sample.loss_weights.dtype) == (np.int32, np.float32)
+
+
+def test_workers_give_several_samples_of_a_row_and_their_notices(preparer: Preparer) -> None:
+    rows = [turns(("one", None), ("x" * 200, 1)), "bad", turns(("number", 1), ("number", 0.5))]
+    noticing = replace(with_rows(preparer, *rows), tokenizer=Noticing(**preparer.tokenizer.__getstate__()))
+    by_turn = replace(noticing, turn_per_sample=True)
+    items = [(0, 0), (0, 1), (0, 2)]
+    with PreparePool(by_turn, 1) as pool:
+        (there,) = pool.map([items])
+    assert as_values(there) == as_values(by_turn.prepare(items))
+    assert [len(row) for row in there] == [2, 1, 2]
+    assert all(isinstance(one, Sample) and one.notices == ("number", "even") for one in there[2])
 
 
 def test_few_chunks_are_under_way(pool: PreparePool) -> None:
