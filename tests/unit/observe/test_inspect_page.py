@@ -243,6 +243,7 @@ def test_what_cannot_be_seen_is_shown():
 def test_no_text_of_the_data_becomes_markup():
     page, harmless = Page(render(full_inspection(HOSTILE))), Page(render(full_inspection()))
     assert page.tags() == harmless.tags(), "the same elements, whatever the text"
+    assert [set(e.attributes) for e in page.elements] == [set(e.attributes) for e in harmless.elements]
     assert page.tags().count("script") == 1
     assert not [name for e in page.elements for name in e.attributes if name.startswith("on") or name == "style"]
     references = [v for e in page.elements for n, v in e.attributes.items() if n in ("src", "href", "action")]
@@ -358,7 +359,7 @@ const choose = (id, value) => {
 (async () => {
   key("j"); key("j"); say(document.activeElement.id);
   key("k"); say(document.activeElement.id);
-  const run = document.querySelectorAll(".run")[1], box = run.getClientRects()[0];
+  const run = document.querySelectorAll(".run")[4], box = run.getClientRects()[0];
   run.dispatchEvent(new PointerEvent("pointerover", {bubbles: true, clientX: box.left + 3, clientY: box.top + 3}));
   say(document.getElementById("tip").textContent);
   choose("flag", "error"); say(shown()); say(document.getElementById("count").textContent);
@@ -374,7 +375,7 @@ const choose = (id, value) => {
 
 
 def test_a_browser_filters_jumps_and_takes_runs_apart(tmp_path, browse):
-    rows = [chat("Pe</b>", HOSTILE), chat(index=1, source="b"), failed("no turn", 2)]
+    rows = [chat(HOSTILE, "Pe</b>"), chat(index=1, source="b"), failed("no turn", 2)]
     page = render(inspection(rows, [statistics()]))
     path = tmp_path / "page.html"
     path.write_text(page)
@@ -388,6 +389,6 @@ def test_a_browser_filters_jumps_and_takes_runs_apart(tmp_path, browse):
     assert console == []
     (said,) = re.findall("<output>(.*)</output>", document)
     assert said.replace("&lt;", "<").replace("&gt;", ">") == (
-        '["row-1","row-0","\\"Pe</b>\\"\\ntoken 1, id 101\\nweight 0, user:content",'
+        '["row-1","row-0","\\"Pe</b>\\"\\ntoken 4, id 104\\nweight 1, assistant:content",'
         '"row-2","1 of 3 rows","row-0 row-1 row-2","row-1",1,7]'
     )
