@@ -91,7 +91,7 @@ def build_parser(with_keys: bool = False) -> argparse.ArgumentParser:
     )
     inspect.add_argument("--tokenizer", metavar="DIR", help="tokenizer or model folder, or hub id; needed with DATA")
     inspect.add_argument("--chat-template", metavar="FILE", help="a Jinja template in place of the tokenizer's")
-    inspect.add_argument("--chat-template-kwargs", metavar="JSON", help='its arguments: \'{"enable_thinking": false}\'')
+    inspect.add_argument("--chat-template-kwargs", metavar="JSON", help="its arguments: '{\"enable_thinking\": false}'")
     inspect.add_argument(
         "--limit", type=_positive, metavar="N", help="rows to show (terminal 5, html 200 in detail, json all)"
     )

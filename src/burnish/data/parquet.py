@@ -19,7 +19,7 @@ from burnish.data.schema import Schema, Signature, schema_of
 from burnish.data.tables import _signatures, without_nulls
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    pass
 
 PLAIN_FEATURES = {"Value", "List", "LargeList", "Sequence"}
 """Features of `datasets` whose values are those that Arrow holds."""

@@ -59,7 +59,9 @@ class Terminal:
         for name, value in facts:
             self._line(Text.assemble((f"  {name:<{width}}  ", "dim"), harmless(value)))
         if self._plain:
-            legend = Text("  {+trained+}, {+0.5:half as much+}, not trained; [end]: an end-of-turn token stands before it")
+            legend = Text(
+                "  {+trained+}, {+0.5:half as much+}, not trained; [end]: an end-of-turn token stands before it"
+            )
         else:
             legend = Text.assemble(
                 "  ", ("trained", _style(1.0)), ", ", *self._weight(0.5), ("half as much", _style(0.5)), ", ",
@@ -94,9 +96,12 @@ class Terminal:
         more = "" if num_rows == read else "; --limit N reads more"
         self._line(Text())
         self._line(Text(f"{read:,}{of} rows read{more}", "bold"))
+        self._line(Text())
         self._console.print(self._sources(inspection))
+        self._line(Text())
         if any(source.tokens for source in inspection.sources):
             self._console.print(self._roles(inspection))
+            self._line(Text())
         packing = inspection.packing
         if packing is not None and num_rows == read:
             packs = f"{packing.packs:,} pack{'s' if packing.packs > 1 else ''}"
@@ -117,9 +122,12 @@ class Terminal:
             for weight, run in groupby(tokens, key=lambda token: token[0]):
                 yield _plain(self._joined(text + "[end]" * is_end for _, is_end, text in run), weight)
             return
+        before = 0.0
         for (weight, is_end), run in groupby(tokens, key=lambda token: token[:2]):
             text = self._joined(text for _, _, text in run)
-            yield from self._weight(weight)
+            if weight != before:
+                yield from self._weight(weight)
+            before = weight
             yield _visible_ends(text) if weight else text, _style(weight, is_end)
 
     def _joined(self, texts: Iterable[str]) -> str:
@@ -155,7 +163,7 @@ class Terminal:
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(first, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(first, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in others:
         table.add_column(name, justify="right")
     return table

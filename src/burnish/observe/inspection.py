@@ -62,7 +62,7 @@ class SourceStatistics:
     duplicates: int
     """Rows that give the same tokens and weights as one before them, of this source or another."""
     lengths: np.ndarray
-    """int32 [rows - errors]: tokens of each row, in order."""
+    """int32: tokens of each row that gives a sample, in order; of a row that gives several, of each sample."""
 
 
 @dataclass(frozen=True, slots=True)
