@@ -28,11 +28,12 @@ _ROLES = ("system", "user", "tool", "assistant", "tools", "template")
 def render(inspection: Inspection) -> str:
     """The page as text, which has a UTF-8 whatever the rows hold."""
     shown = inspection.rows[:_MAX_ROWS]
+    num_rows = sum(source.rows for source in inspection.sources)
     sections = [
-        Section("warnings", "Warnings", _warnings(inspection.warnings, shown)),
+        Section("warnings", "Warnings", _warnings(inspection.warnings, shown, num_rows)),
         Section("data", "Data", _data(inspection)),
         Section("set-up", "Set-up", pairs(inspection.facts)),
-        Section("rows", "Rows", _rows(shown, sum(source.rows for source in inspection.sources))),
+        Section("rows", "Rows", _rows(shown, num_rows)),
     ]
     return document(inspection.title, _highlights(inspection), sections, _STYLE, _SCRIPT)
 
@@ -54,22 +55,22 @@ def _highlights(inspection: Inspection) -> str:
     return tiles(figures)
 
 
-def _warnings(warnings: Sequence[DataWarning], shown: Sequence[InspectedRow]) -> str:
+def _warnings(warnings: Sequence[DataWarning], shown: Sequence[InspectedRow], num_rows: int) -> str:
     if not warnings:
         return '<p class="note">None.</p>'
     anchors: dict[tuple[str, int], str] = {}
     for number, row in enumerate(shown):
         anchors.setdefault((row.source, row.index), f"row-{number}")  # a row can be several: its turns
-    return f'<ul class="warnings">{"".join(_warning(warning, anchors) for warning in warnings)}</ul>'
+    return f'<ul class="warnings">{"".join(_warning(warning, anchors, num_rows) for warning in warnings)}</ul>'
 
 
-def _warning(warning: DataWarning, anchors: Mapping[tuple[str, int], str]) -> str:
+def _warning(warning: DataWarning, anchors: Mapping[tuple[str, int], str], num_rows: int) -> str:
     listed = _by_source((row, f'<a href="#{anchors[row]}">{row[1]:,}</a>') for row in warning.rows if row in anchors)
     hidden = _by_source((row, f"{row[1]:,}") for row in warning.rows if row not in anchors)
     left_out = warning.count - len(warning.rows)
     places = [f"Rows of {listed}." if listed else "", f"Not shown below: rows of {hidden}." if hidden else ""]
     places += [f"{left_out:,} more are not listed."] if left_out > 0 else []
-    count = f'<span class="count">{_plural(warning.count, "row")}</span>' if warning.count else ""
+    count = f'<span class="count">{warning.count:,} of {_plural(num_rows, "row")}</span>' if warning.count else ""
     note = f'<p class="note">{" ".join(filter(None, places))}</p>' if any(places) else ""
     return f"<li><b>{escape(warning.kind)}</b>{count}<p>{escape(warning.text)}</p>{note}</li>"
 
@@ -152,14 +153,14 @@ def _packing(packing: PackingFill) -> str:
     )
 
 
-def _rows(rows: Sequence[InspectedRow], num_read: int) -> str:
+def _rows(rows: Sequence[InspectedRow], num_rows: int) -> str:
     if not rows:
         return ""
     limit = min(max(_MAX_TOKENS // len(rows), _MIN_ROW_TOKENS), _MAX_ROW_TOKENS)
     sources = list(dict.fromkeys(row.source for row in rows))
     kinds = sorted({kind for row in rows for kind, _ in row.warnings})
     flags = [_flags(row, kinds) for row in rows]
-    of_all = f" of {num_read:,}" if num_read > len(rows) else ""
+    of_all = f" of {num_rows:,}" if num_rows > len(rows) else ""
     drawn = "".join(
         _row(f"row-{number}", row, sources.index(row.source), flags[number], limit) for number, row in enumerate(rows)
     )

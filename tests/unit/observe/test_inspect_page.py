@@ -280,9 +280,10 @@ def test_many_rows_are_cut_in_number_and_length():
 def test_warnings_link_to_rows_that_are_shown_and_name_the_others():
     rows = [chat(index=3), chat(index=7, source="b")]
     found = DataWarning("empty_turn", "A turn is empty.", 50, (("chat", 3), ("b", 7), ("chat", 1200)))
-    page = Page(render(inspection(rows, warnings=[found, DataWarning("pad_is_eos", "Pad is eos.", 0, ())])))
+    warnings = [found, DataWarning("pad_is_eos", "Pad is eos.", 0, ())]
+    page = Page(render(inspection(rows, [statistics(rows=2000)], warnings)))
     first, second = [e.text for e in page.elements if e.tag == "li"]
-    assert first.startswith("empty_turn50 rowsA turn is empty.")
+    assert first.startswith("empty_turn50 of 2,000 rowsA turn is empty.")
     assert "Rows of chat 3; b 7. Not shown below: rows of chat 1,200. 47 more are not listed." in first
     links = [(e.attributes["href"], e.text) for e in page.elements if e.tag == "a" and "#row-" in e.attributes["href"]]
     assert links == [("#row-0", "3"), ("#row-1", "7")]
