@@ -1,7 +1,7 @@
 """Random access to the rows of .jsonl and .json files, without holding them.
 
 Opening parses a file once, hashes it and keeps the offset of every few KiB; a row is found again by reading its block.
-So the index of 10 GB of lines is some 15 MB, and a pickled file is a path and its index: workers open what they read.
+So the index of 10 GB of lines is some 30 MB, and a pickled file is a path and its index: workers open what they read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import orjson
 from burnish.data.schema import Schema, Signature, schema_of, signature
 from burnish.types import RowError, UserError
 
-BLOCK_BYTES = 16_384
+BLOCK_BYTES = 8_192
 ARRAY_BLOCK_BYTES = 4_096
 """Less than that of lines: to find one row, the elements of a block are parsed, and its lines only split."""
 BOM = b"\xef\xbb\xbf"
@@ -63,13 +63,16 @@ class BlockIndex:
     def read(self, path: Path, size: int, block: int) -> bytes:
         """The bytes of a block. Raises UserError where the file no longer has the size it was indexed with."""
         start, stop = int(self.offsets[block]), int(self.offsets[block + 1])
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size != size:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            data = os.pread(file, stop - start, start)
+            if os.fstat(file).st_size != size or len(data) != stop - start:
                 raise UserError(
                     f"{path} was changed while in use: it had {size} bytes; start again with a file that stays"
                 )
-            file.seek(start)
-            return file.read(stop - start)
+            return data
+        finally:
+            os.close(file)
 
 
 class _LastBlock:
@@ -118,7 +121,9 @@ class JsonLines:
         return int(self.lines[block]) + number, text
 
     def _read(self, block: int) -> list[tuple[int, bytes]]:
-        return rows_in(self.index.read(self.path, self.facts.bytes, block))
+        """The lines of a block that are not blank, with their numbers from 1."""
+        text = self.index.read(self.path, self.facts.bytes, block)
+        return [(number, line) for number, line in enumerate(text.split(b"\n"), 1) if line.strip()]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -157,11 +162,12 @@ def open_lines(path: Path) -> JsonLines:
         file.seek(begin)
         offsets, firsts, lines = [begin], [0], [0]
         for block in _blocks(file):
-            rows = rows_in(block)
-            signatures.update(signatures_of(text for _, text in rows))
+            found = block.split(b"\n")
+            rows = [text for text in found if text.strip()]
+            signatures.update(signatures_of(rows))
             offsets.append(offsets[-1] + len(block))
             firsts.append(firsts[-1] + len(rows))
-            lines.append(lines[-1] + block.count(b"\n"))
+            lines.append(lines[-1] + len(found) - 1)
     index = BlockIndex(np.array(offsets), np.array(firsts))
     facts = FileFacts(str(path), offsets[-1], index.num_rows, digest.result())
     return JsonLines(path, index, np.array(lines), schema_of(signatures), facts)
@@ -199,11 +205,6 @@ def json_kind(value: Any) -> str:
     """What a JSON value is, for messages: `a list`, `text`, `null`."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
-
-
-def rows_in(block: bytes) -> list[tuple[int, bytes]]:
-    """The lines of a block that are not blank, with their numbers from 1."""
-    return [(number, line) for number, line in enumerate(block.split(b"\n"), 1) if line.strip()]
 
 
 def signatures_of(texts: Iterable[bytes]) -> Iterator[Signature]:
