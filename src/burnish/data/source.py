@@ -6,6 +6,7 @@ rows prepared beyond it are prepared again on resume.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections import Counter
@@ -20,8 +21,12 @@ from burnish.data.prepare import Item, Prepared, PreparedRow, Rejected, Streamed
 from burnish.data.streams import Stream
 from burnish.types import Sample, Source, Trainer, UserError
 
+LOG = logging.getLogger(__name__)
+
 CHUNK = 64
 """Rows sent to a tokenising process at a time."""
+ORDINARY = ("kept", "further")
+"""What is counted of every source; the first row of any other kind is worth a line."""
 
 
 class RowsError(UserError):
@@ -61,11 +66,6 @@ class _Next(NamedTuple):
     behind: Cursor
     prepared: Prepared
 
-    @property
-    def counted(self) -> list[tuple[str, str]]:
-        """(source, what is counted of it)."""
-        return [(self.prepared.source, what) for what in counted(self.prepared, self.before.offset)]
-
 
 @dataclass
 class RowSource:
@@ -93,7 +93,7 @@ class RowSource:
     def next(self) -> list[Sample]:
         """The next step's samples. Raises RowsError at a row that stops the run, UserError where no row is kept."""
         samples: list[Sample] = []
-        seen: list[tuple[str, str]] = []  # counted once the batch is complete
+        seen: list[_Next] = []  # counted once the batch is complete
         cursor = self.cursor
         num_tokens = 0
         while True:
@@ -114,19 +114,27 @@ class RowSource:
                     break
                 samples.append(prepared)
                 num_tokens += len(prepared.tokens)
-            seen += following.counted
+            seen.append(following)
             cursor, self._held = following.behind, None
             if self.size.unit == "samples" and len(samples) == self.size.count:
                 # What is dropped behind the last kept one counts too, at the end of the data as anywhere.
                 while (dropped := self._dropped_next(cursor.epoch)) is not None:
-                    seen += dropped.counted
+                    seen.append(dropped)
                     cursor = dropped.behind
                 break
         self.cursor = cursor
         self._stream_starts = {e: start for e, start in self._stream_starts.items() if e >= cursor.epoch}
-        for source, what in seen:
-            self.counts.setdefault(source, Counter())[what] += 1
+        for following in seen:
+            self._count(following)
         return samples
+
+    def _count(self, following: _Next) -> None:
+        prepared = following.prepared
+        counts = self.counts.setdefault(prepared.source, Counter())
+        for what in counted(prepared, following.before.offset):
+            if what not in counts and what not in ORDINARY:
+                LOG.info("%s: row %d is the first counted as %s", prepared.source, prepared.index, what.replace("_", "-"))
+            counts[what] += 1
 
     def _dropped_next(self, epoch: int) -> _Next | None:
         """What comes next in this epoch, where it is dropped; None where it is not."""

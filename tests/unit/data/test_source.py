@@ -177,6 +177,14 @@ def test_a_batch_that_ends_within_a_row_counts_its_samples_and_the_row_once() ->
     assert source.state_dict()["counts"] == {"a": {"kept": 4, "bad": 1, "further": 3}}
 
 
+def test_the_first_row_of_each_kind_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    rejected = {3: "over_long", 5: "over_long", 6: "bad"}
+    source = make_source(8, BatchSize("samples", 3), rejected, shuffle=False)
+    with caplog.at_level("INFO", "burnish"):
+        take(source, 6)
+    assert caplog.messages == ["a: row 3 is the first counted as over-long", "a: row 6 is the first counted as bad"]
+
+
 def test_a_cursor_saved_before_rows_gave_several_samples_still_loads() -> None:
     source = make_source(20, BatchSize("samples", 4), shuffle=False)
     source.load_state_dict({"epoch": 0, "position": 8, "counts": {"a": {"kept": 8}}, "streams": {}})
