@@ -126,17 +126,14 @@ class Inspector:
         """How many rows of each source `limit` comes to; None is all."""
         if limit is None:
             return [None] * len(self.parts.sources)
-        left, quotas = limit, [0] * len(self.parts.sources)
         sizes = [NO_LIMIT if source.num_rows is None else source.num_rows for source in self.parts.sources]
-        for place, number in enumerate(sorted(range(len(sizes)), key=lambda n: sizes[n])):
-            # The shortest first, so that what it leaves goes to the others; the odd row to the recipe's first.
-            share = left // (len(sizes) - place)
-            quotas[number] = min(sizes[number], share)
-            left -= quotas[number]
-        for number in range(len(sizes)):
-            more = min(left, sizes[number] - quotas[number], 1)
-            quotas[number] += more
-            left -= more
+        left, quotas = min(limit, sum(sizes)), [0] * len(sizes)
+        while left:
+            unread = [number for number, size in enumerate(sizes) if quotas[number] < size]
+            for number in unread:
+                more = min(max(1, left // len(unread)), sizes[number] - quotas[number], left)
+                quotas[number] += more
+                left -= more
         return list(quotas)
 
     def inspection(self, rows: Iterable[InspectedRow]) -> Inspection:
@@ -251,8 +248,8 @@ class Inspector:
             yield "pad_equals_eos", f"the end of a turn is trained by {name}, which also pads"
         if facts.bos is not None and len(tokens) > 1 and tokens[0] == tokens[1] == facts.bos:
             yield "double_bos", f"it begins with two BOS tokens, {self.parts.token_name(facts.bos)}"
-        for number in _empty_turns(part):
-            yield "empty_turn", f"messages[{number[0]}] ({number[1]}) is empty"
+        for number, role in _empty_turns(part):
+            yield "empty_turn", f"messages[{number}] ({role}) is empty"
         first = self._seen.setdefault(hash((tokens.tobytes(), weights.tobytes())), (source, index))
         if first != (source, index):
             yield "duplicate", f"it gives the same tokens and weights as {first[0]} {first[1]}"
@@ -367,9 +364,12 @@ def _turns_without_end(encoded: Encoded) -> list[int | None]:
 
 
 def _empty_turns(part: Row) -> list[tuple[int, str]]:
-    if not isinstance(part, Conversation):
-        return []
-    return [(n, m.role) for n, m in enumerate(part.messages) if m.role in ("user", "assistant") and _is_empty(m)]
+    """(message, role) of what a user or an assistant left empty."""
+    if isinstance(part, TurnRow):
+        messages = part.chat.messages[: part.number + 1]
+    else:
+        messages = part.messages if isinstance(part, Conversation) else ()
+    return [(n, m.role) for n, m in enumerate(messages) if m.role in ("user", "assistant") and _is_empty(m)]
 
 
 def _is_empty(message: Message) -> bool:

@@ -1,0 +1,418 @@
+"""What `burnish inspect` finds in rows, and how it shows them."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny import CHATML, tiny_config
+from workshop import write_jsonl
+
+from burnish.cli import main
+from burnish.config import RecipeError
+from burnish.data.chat import TextTokenizer
+from burnish.data.prepare import Rejected
+from burnish.inspect import Request, requested_recipe
+from burnish.inspector import Inspector
+from burnish.observe.inspect_terminal import Terminal, harmless
+from burnish.observe.inspection import DataWarning, InspectedRow, Inspection
+from burnish.parts import Parts, open_tokenizer, read_model_facts
+from burnish.types import Sample, UserError
+
+
+def chat(*turns: str, **first: Any) -> dict[str, Any]:
+    """A row whose turns are a user's and an assistant's by turns; `first` are keys of the first answer."""
+    messages: list[dict[str, Any]] = [
+        {"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(turns)
+    ]
+    messages[1] |= first
+    return {"messages": messages}
+
+
+def inspector(target: Path, tokenizer: Path, *overrides: str, **options: Any) -> Inspector:
+    request = Request(str(target), overrides, tokenizer=str(tokenizer), **options)
+    return Inspector(Parts(requested_recipe(request), request.is_recipe), request.target)
+
+
+def inspected(target: Path, tokenizer: Path, *overrides: str) -> tuple[list[InspectedRow], Inspection]:
+    found = inspector(target, tokenizer, *overrides)
+    rows = list(found.rows(None))
+    return rows, found.inspection(rows)
+
+
+def warnings_of(row: InspectedRow) -> set[str]:
+    return {kind for kind, _ in row.warnings}
+
+
+def gathered(found: Inspection, kind: str) -> DataWarning:
+    (warning,) = (warning for warning in found.warnings if warning.kind == kind)
+    return warning
+
+
+def test_rows_are_those_that_training_prepares(tmp_path: Path, chatml_tokenizer: Path) -> None:
+    rows = [
+        chat("the quick", "brown fox", "jumps", "over", weight=0.5),
+        chat("a", "\u00e9 \U0001f600 dog"),
+        {"messages": []},
+    ]
+    file = write_jsonl(tmp_path / "rows.jsonl", [*rows, chat("x " * 40, "y " * 40)])
+    keys = ("data.max_length=64", "data.over_long=truncate", "data.truncate_side=left", "data.train_on=last")
+    found = inspector(file, chatml_tokenizer, *keys)
+    shown = list(found.rows(None))
+    preparer = found.parts.preparer
+    streamed = list(found.parts.sources[0].read(0, None))
+    for row, (prepared,) in zip(shown, preparer.prepare(streamed), strict=True):
+        if isinstance(prepared, Rejected):
+            assert f"{row.where}: {row.error}" == prepared.message
+            continue
+        assert isinstance(prepared, Sample)
+        np.testing.assert_array_equal(row.tokens, prepared.tokens)
+        np.testing.assert_array_equal(row.loss_weights, prepared.loss_weights)
+        assert [start for start, *_ in row.spans] == [0, *(end for _, end, *_ in row.spans[:-1])]
+        assert row.spans[-1][1] == len(row.tokens) == len(row.pieces)
+        for start, end, _, weight in row.spans:
+            assert (row.loss_weights[start:end] == np.float32(weight)).all()
+    assert shown[2].error is not None
+    assert [row.truncated > 0 for row in shown] == [False, False, False, True]
+    assert "".join(shown[1].pieces) == shown[1].text
+    assert shown[1].pieces.count("") >= 3  # the emoji's bytes are tokens of their own, and the first shows all of it
+
+
+def test_turns_as_samples(tmp_path: Path, chatml_tokenizer: Path) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b", "c", "d")])
+    rows, found = inspected(file, chatml_tokenizer, "data.turn_per_sample=true")
+    assert [(row.index, row.where) for row in rows] == [
+        (0, "rows.jsonl:1, messages[1]"), (0, "rows.jsonl:1, messages[3]"),
+    ]  # fmt: skip
+    assert found.sources[0].rows == 1
+    assert len(found.sources[0].lengths) == 2
+
+
+def test_warnings_of_rows(tmp_path: Path, chatml_tokenizer: Path) -> None:
+    rows = {
+        "fine": chat("the quick brown", "fox"),
+        "empty_turn": chat("", "fox"),
+        "duplicate": chat("the quick brown", "fox"),
+        "low_share": chat("the lazy dog " * 100, "x"),
+        "high_share": chat("", "the lazy dog " * 100),
+    }
+    file = write_jsonl(tmp_path / "rows.jsonl", list(rows.values()))
+    shown, found = inspected(file, chatml_tokenizer)
+    for (kind, _), row in zip(rows.items(), shown, strict=True):
+        assert (warnings_of(row) - {"empty_turn"} if kind == "high_share" else warnings_of(row)) == {kind} - {"fine"}
+    assert gathered(found, "duplicate").rows == (("rows", 2),)
+    assert "rows 0" in dict(shown[2].warnings)["duplicate"]
+    assert gathered(found, "empty_turn").count == 2
+    assert found.sources[0].duplicates == 1
+
+
+def test_a_cut_row_without_its_end_of_turn(tmp_path: Path, chatml_tokenizer: Path) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [chat("the", "quick brown fox jumps over")])
+    (whole,), _ = inspected(file, chatml_tokenizer)
+    keys = (f"data.max_length={len(whole.tokens) - 3}", "data.over_long=truncate")
+    (row,), _ = inspected(file, chatml_tokenizer, *keys)
+    assert warnings_of(whole) == set()
+    assert warnings_of(row) == {"no_end_of_turn"}
+    assert row.truncated == 3
+    file = write_jsonl(tmp_path / "ids.jsonl", [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}])
+    (row,), _ = inspected(file, chatml_tokenizer)
+    assert "no_end_of_turn" in warnings_of(row)
+    assert row.text == "".join(row.pieces)
+
+
+def test_tokenizers_that_warn(tmp_path: Path, chatml_tokenizer: Path) -> None:
+    shutil.copytree(chatml_tokenizer, tmp_path / "tokenizer")
+    settings = json.loads((tmp_path / "tokenizer/tokenizer_config.json").read_text())
+    settings |= {
+        "pad_token": "<|im_end|>", "bos_token": "<s>", "extra_special_tokens": ["<tool>"],
+        "chat_template": "{{ bos_token }}{{ bos_token }}" + CHATML,
+    }  # fmt: skip
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(settings))
+    config = {**tiny_config(), "vocab_size": 400, "max_position_embeddings": None}
+    config["text_config"] = {"vocab_size": 321, "max_position_embeddings": 90}
+    (tmp_path / "tokenizer/config.json").write_text(json.dumps(config))
+    file = write_jsonl(tmp_path / "rows.jsonl", [chat("a <tool>", "b"), chat("a", "b"), chat("a " * 60, "b " * 60)])
+    found = inspector(file, tmp_path / "tokenizer")
+    rows = list(found.rows(None))
+    assert found.parts.limits == {"the model's max_position_embeddings": 90}
+    assert rows[0].error is not None
+    assert "outside the model's embedding of 321 rows" in rows[0].error
+    assert "max_position_embeddings=90" in str(rows[2].error)
+    assert {"pad_equals_eos", "double_bos"} <= warnings_of(rows[1])
+    whole = found.inspection(rows)
+    assert "<tool>" in gathered(whole, "outside_embedding").text
+    assert gathered(whole, "error").count == whole.sources[0].errors == 2
+
+    (tmp_path / "tokenizer/config.json").unlink()
+    _, whole = inspected(file, tmp_path / "tokenizer")
+    never = gathered(whole, "never_trained")
+    assert never.text.endswith(": <tool>")
+    assert never.rows == (("rows", 0),)
+
+
+def test_prompts_that_inference_would_not_give(tmp_path: Path, chatml_tokenizer: Path) -> None:
+    shutil.copytree(chatml_tokenizer, tmp_path / "tokenizer")
+    settings = json.loads((tmp_path / "tokenizer/tokenizer_config.json").read_text())
+    settings["chat_template"] = CHATML.replace(
+        "'<|im_start|>assistant\\n' }}{%- endif %}", "'<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
+    )
+    assert settings["chat_template"] != CHATML
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(settings))
+    file = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
+    (row,), found = inspected(file, tmp_path / "tokenizer")
+    assert warnings_of(row) == {"prompt_mismatch"}
+    assert "turn_per_sample" in gathered(found, "prompt_mismatch").text
+
+
+def test_statistics(tmp_path: Path, chatml_tokenizer: Path) -> None:
+    write_jsonl(tmp_path / "one.jsonl", [chat("a", "b"), {"messages": []}, chat("c d", "e f")])
+    write_jsonl(tmp_path / "two.jsonl", [chat("g", "h")])
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(tiny_config()))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{init: {tmp_path}/model, tokenizer: {chatml_tokenizer}}}\n"
+        f"data:\n  train: [{tmp_path}/one.jsonl, {{path: {tmp_path}/two.jsonl, name: second}}]\n"
+        f"  validation: [{tmp_path}/two.jsonl]\nbatch: {{tokens_per_micro_batch: 48}}\n"
+    )
+    request = Request(str(recipe))
+    found = Inspector(Parts(requested_recipe(request)), str(recipe))
+    rows = list(found.rows(None))
+    whole = found.inspection(rows)
+    assert [(s.name, s.split, s.rows, s.errors) for s in whole.sources] == [
+        ("one", "train", 3, 1), ("second", "train", 1, 0), ("two", "validation", 1, 0),
+    ]  # fmt: skip
+    one = whole.sources[0]
+    assert one.lengths.tolist() == [len(row.tokens) for row in rows if row.source == "one" and row.error is None]
+    assert one.tokens == one.lengths.sum() == sum(tokens for tokens, _ in one.roles.values())
+    assert one.trained_tokens == sum(trained for _, trained in one.roles.values())
+    assert one.roles["user"][1] == 0 < one.roles["user"][0]
+    assert whole.packing is not None
+    lengths = [len(row.tokens) for row in rows if row.source != "two" and row.error is None]
+    assert (whole.packing.budget, whole.packing.packs) == (48, 2)
+    assert whole.packing.fill == pytest.approx(sum(lengths) / 96)
+    assert found.quotas(2) == [1, 1, 0]
+    assert found.quotas(4) == [2, 1, 1]
+    assert found.quotas(None) == [None] * 3
+
+
+def test_rows_of_every_kind_of_file(tmp_path: Path, chatml_tokenizer: Path) -> None:
+    rows = [chat("a", "b"), {**chat("c", "d"), "tools": None}, chat("e", "f", weight=0.5)]
+    files = [write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "rows.json", tmp_path / "rows.parquet"]
+    files[1].write_text(json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), files[2], row_group_size=2)
+    found = [inspected(file, chatml_tokenizer)[0] for file in files]
+    for other in found[1:]:
+        assert [row.tokens.tolist() for row in other] == [row.tokens.tolist() for row in found[0]]
+        assert [row.loss_weights.tolist() for row in other] == [row.loss_weights.tolist() for row in found[0]]
+    for file in files:
+        sliced, _ = inspected(Path(f"{file}@[1:]"), chatml_tokenizer)
+        assert [row.index for row in sliced] == [1, 2]
+        assert sliced[1].tokens.tolist() == found[0][2].tokens.tolist()
+    streamed, _ = inspected(files[0], chatml_tokenizer, "streaming=true", "slice=1:3")
+    assert [(row.index, row.tokens.tolist()) for row in streamed] == [
+        (row.index, row.tokens.tolist()) for row in found[0][1:]
+    ]
+
+
+def test_a_models_facts(tmp_path: Path) -> None:
+    assert read_model_facts(tmp_path) is None
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
+    facts = read_model_facts(tmp_path)
+    assert facts is not None
+    assert (facts.num_embeddings, facts.config["max_position_embeddings"], facts.generation) == (512, 512, None)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    facts = read_model_facts(tmp_path)
+    assert facts is not None
+    assert facts.num_embeddings == 50257  # the default of its class in transformers
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+        read_model_facts(tmp_path)
+
+
+def test_a_tokenizer_that_transformers_must_read(tmp_path: Path, chatml_tokenizer: Path) -> None:
+    from transformers import AutoTokenizer
+
+    shutil.copytree(chatml_tokenizer, tmp_path / "tokenizer")
+    settings = json.loads((tmp_path / "tokenizer/tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "GPT2Tokenizer"
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(settings))
+    opened = open_tokenizer(str(tmp_path / "tokenizer"))
+    expected = TextTokenizer.from_transformers(AutoTokenizer.from_pretrained(tmp_path / "tokenizer"))
+    assert opened.backend == expected.backend
+    assert opened.facts.eos == 2
+
+
+# --- the command ---
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = main(["inspect", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_json_lines(tmp_path: Path, chatml_tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [chat("a\u202e\x1b", "b", weight=0.1), {"messages": []}, chat("", "c")]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    status, out, err = run(capsys, file, "--tokenizer", chatml_tokenizer, "--format", "json")
+    assert status == 3
+    first, second, third = map(json.loads, out.splitlines())
+    assert list(first) == ["index", "source", "input_ids", "loss_weights", "text", "spans", "warnings"]
+    assert set(first["loss_weights"]) == {0.0, 0.1}
+    assert len(first["input_ids"]) == len(first["loss_weights"]) == first["spans"][-1][1]
+    assert {origin for _, _, origin, _ in first["spans"]} == {
+        "template", "user:content", "assistant:content", "template:end",
+    }  # fmt: skip
+    assert "\x1b" in first["text"]
+    assert "\x1b" not in out
+    assert set(second) == {"index", "source", "error"}
+    assert second["error"].startswith("rows.jsonl:2: ")
+    assert third["warnings"] == [{"kind": "empty_turn", "text": "messages[0] (user) is empty"}]
+    assert "warning: 1 rows give no sample" in err
+    target = tmp_path / "out.jsonl"
+    options = ("--tokenizer", chatml_tokenizer, "--format", "json", "--limit", "1", "--out", target)
+    assert run(capsys, file, *options)[:2] == (0, "")
+    assert target.read_text() == out.splitlines(keepends=True)[0]
+
+
+def test_a_page(tmp_path: Path, chatml_tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [chat("a", f"row {number}") for number in range(12)]
+    rows[9]["messages"][0]["content"] = ""
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    options = ("--tokenizer", chatml_tokenizer, "--format", "html")
+    status, out, _ = run(capsys, file, *options, "--limit", "2", "--out", tmp_path / "page.html")
+    assert (status, out) == (0, f"{tmp_path / 'page.html'}\n")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    shown = [number for number in range(12) if re.search(rf"row {number}\b|row.{{0,60}}{number}\b.*im_end", page)]
+    assert {0, 1, 9} <= set(shown)
+    status, out, _ = run(capsys, file, *options, "data.train_on=last")
+    assert out.startswith("<!doctype html>") or out.lower().startswith("<!doctype html")
+
+
+def test_terminal_without_colour(tmp_path: Path, chatml_tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [chat("a \x1b[31m\u202e\x07", "b\nc", "d", "e", weight=0.5), {"messages": []}]
+    file = write_jsonl(tmp_path / "rows.jsonl", [*rows, *(chat("f", "g") for _ in range(8))])
+    status, out, _ = run(capsys, file, "--tokenizer", chatml_tokenizer, "data.max_length=100")
+    assert status == 3
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert "\u202e" not in out
+    assert "a \u241b[31m<U+202E>\u2407<|im_end|>" in out
+    assert "{+0.5:b\nc<|im_end|>[end]+}" in out
+    assert "{+e<|im_end|>[end]+}" in out
+    assert "== rows 0 | rows.jsonl:1 |" in out
+    assert "error: " in out
+    assert "5 of 10 rows read; --limit N reads more" in out
+    _, out, _ = run(capsys, file, "--tokenizer", chatml_tokenizer, "--tokens", "--limit", "3")
+    assert re.search(r"\{\+g\u2502<\|im_end\|>\[end\]\u2502\+\}", out)
+
+
+class FakeScreen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_terminal_in_colour(tmp_path: Path, chatml_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    file = write_jsonl(tmp_path / "rows.jsonl", [chat("a\x1b[2J", "b\nc", "d", "e", weight=0.5)])
+    rows, found = inspected(file, chatml_tokenizer)
+    screen = FakeScreen()
+    terminal = Terminal(screen)
+    terminal.row(rows[0])
+    terminal.summary(found, 1)
+    shown = screen.getvalue()
+    assert "{+" not in shown
+    assert "\x1b[2J" not in shown
+    assert "0.5\u00d7" in shown
+    assert re.search(r"\x1b\[1;33mb\u21b5", shown)
+    assert re.search(r"\x1b\[1;32me\x1b\[0m\x1b\[1;7;32m<\|im_end\|>", shown)
+    monkeypatch.setenv("NO_COLOR", "1")
+    screen = FakeScreen()
+    Terminal(screen).row(rows[0])
+    assert "{+e<|im_end|>[end]+}" in screen.getvalue()
+
+
+def test_harmless_text() -> None:
+    assert harmless("a\tb\nc") == "a\tb\nc"
+    assert harmless("\r\x00\x7f\x9b\ud800\u2028") == "\u240d\u2400\u2421<U+009B><U+D800><U+2028>"
+    assert harmless("\u00e9\u4e2d\U0001f468\u200d\U0001f469") == "\u00e9\u4e2d\U0001f468\u200d\U0001f469"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--tokenizer is missing"),
+        (("--tokenizer", "TOKENIZER", "promt_key=x"), "did you mean data.train.0.prompt_key?"),
+        (("--tokenizer", "TOKENIZER", "data.trian_on=last"), "did you mean data.train_on?"),
+        (("--tokenizer", "TOKENIZER", "--chat-template", "nowhere.jinja"), "nowhere.jinja: no such file"),
+        (("--tokenizer", "TOKENIZER", "--chat-template-kwargs", "{"), "not JSON"),
+        (("--tokenizer", "TOKENIZER", "--chat-template-kwargs", "[]"), "must be a JSON object"),
+        (("--tokenizer", "TOKENIZER", "--out", "/nowhere/file"), "--out=/nowhere/file cannot be written"),
+        (("--tokenizer", "TOKENIZER", "slice=8:9"), "its slice keeps none of 1 rows"),
+    ],
+)
+def test_unusable_arguments(
+    tmp_path: Path, chatml_tokenizer: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
+    filled = [str(chatml_tokenizer) if argument == "TOKENIZER" else argument for argument in arguments]
+    status, _, err = run(capsys, file, *filled)
+    assert status == 2
+    assert message in err
+
+
+def test_missing_rows_and_bad_options(capsys: pytest.CaptureFixture[str], chatml_tokenizer: Path) -> None:
+    status, _, err = run(capsys, "nowhere.jsonl", "--tokenizer", chatml_tokenizer)
+    assert (status, "nowhere.jsonl: there is no file" in err) == (2, True)
+    status, _, err = run(capsys, "nowhere.yaml")
+    assert (status, "recipe nowhere.yaml does not exist" in err) == (2, True)
+    for options in (("--limit", "0"), ("--limit", "-1"), ("--format", "xml"), ("--limt", "3")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["inspect", "rows.jsonl", *options])
+        assert stopped.value.code == 2
+
+
+def test_options_reach_the_recipe(tmp_path: Path) -> None:
+    request = Request(
+        "rows.jsonl",
+        ("prompt_key=question", "data.train_on=all", "batch.tokens_per_micro_batch=9"),
+        tokenizer="folder",
+        chat_template="a b.jinja",
+        chat_template_kwargs='{"enable_thinking": false}',
+    )
+    recipe = requested_recipe(request)
+    assert recipe.data.train[0].prompt_key == "question"
+    assert (recipe.data.train_on, recipe.data.chat_template) == ("all", "a b.jinja")
+    assert recipe.data.chat_template_kwargs == {"enable_thinking": False}
+    assert recipe.model.tokenizer == "folder"
+    with pytest.raises(RecipeError, match="tokenizer is missing"):
+        requested_recipe(Request("rows.jsonl"))
+
+
+def test_a_row_is_ready_before_the_next_is_read(
+    tmp_path: Path, chatml_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")] * 50)
+    encoded: list[int] = []
+    encode = TextTokenizer.encode_batch
+
+    def counted(self: TextTokenizer, rows: Any, *rest: Any) -> Any:
+        encoded.append(len(rows))
+        return encode(self, rows, *rest)
+
+    monkeypatch.setattr(TextTokenizer, "encode_batch", counted)
+    rows = inspector(file, chatml_tokenizer).rows(None)
+    next(rows)
+    assert encoded == [1]
+    assert len(list(rows)) == 49
