@@ -99,7 +99,8 @@ def test_one_run_writes_and_others_read_along(folder: Path) -> None:
 
 
 def test_of_a_row_with_several_samples_all_come_back_or_none(tmp_path: Path) -> None:
-    row = [sample(6, turn=2), Rejected("bad", "s", 6, "s:7, messages[4]: no"), sample(6, turn=6)]
+    short = Sample(np.array([7, 9], np.int32), np.array([0, 0.25], np.float32), source="s", index=6, turn=2)
+    row = [short, Rejected("bad", "s", 6, "s:7, messages[4]: no"), sample(6, turn=6)]
     store = TokenStore(tmp_path, 10)
     store.put(6, row)
     store.close()
