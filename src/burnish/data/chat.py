@@ -19,15 +19,8 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from burnish.data.places import ChatPlaces, Places, Span, TextPlaces, spans_of
-from burnish.data.template import (
-    ChatTemplate,
-    FunctionTemplate,
-    Rendering,
-    Run,
-    Template,
-    common_prefix,
-    load_renderer,
-)
+from burnish.data.renderer import FunctionTemplate, load_renderer
+from burnish.data.template import ChatTemplate, Rendering, Run, Template, common_prefix
 from burnish.data.turns import (
     ASSISTANT_TURNS,
     Chat,
@@ -265,7 +258,7 @@ class TextTokenizer:
         text = draft.text[: last.end] + stop
         end = len(text)
         kept = [run for run in draft.rendering.runs if run.start < last.end]
-        kept[-1] = replace(kept[-1], end=last.end)
+        kept[-1] = kept[-1]._replace(end=last.end)
         run = Run(last.end, end, last.message, Origin(last.message, "template"))
         turn = replace(
             last,

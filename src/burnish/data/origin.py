@@ -21,15 +21,32 @@ from burnish.types import Origin
 Wrapped = TypeVar("Wrapped")
 
 
-class Pass:
-    """One pass of a loop. `message` is the message that it is about; None where that is not known from the loop."""
+class Pass(str):
+    """One pass of a loop: an empty output which says that the output behind it belongs to the pass.
 
-    __slots__ = ("is_named", "message", "parent")
+    `message` is the message that it is about; None where the loop does not say (`is_named` is false), or where it is
+    about none. `own` is the origin of the template's own words in it.
+    """
 
-    def __init__(self, message: int | None, parent: Pass | None, is_named: bool) -> None:
-        self.message = message
-        self.parent = parent
-        self.is_named = is_named
+    __slots__ = ("is_named", "message", "own", "parent")
+    message: int | None
+    parent: Pass | None
+    is_named: bool
+    own: Origin
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __str__(self) -> str:
+        return self
+
+
+def enter(message: int | None, parent: Pass | None, is_named: bool) -> Pass:
+    """A new pass within `parent`, and from now on the pass that the template is at."""
+    entered = Pass()
+    entered.message, entered.parent, entered.is_named = message, parent, is_named
+    entered.own = Origin(message, "template")
+    HERE.now = entered
+    return entered
 
 
 class Lost:
@@ -45,7 +62,6 @@ class Generation:
         self.is_start = is_start
 
 
-OUTSIDE = Pass(None, None, False)
 LOST = Lost()
 GENERATION_STARTS, GENERATION_ENDS = Generation(True), Generation(False)
 
@@ -53,6 +69,10 @@ Author = Origin | Lost | Generation | None
 """Who wrote a run of characters; None is the template."""
 Run = tuple[int, Author, Pass]
 """Characters, their author, and the pass in which they were first put beside other text (OUTSIDE: in none yet)."""
+
+
+OUTSIDE = Pass()
+OUTSIDE.message, OUTSIDE.parent, OUTSIDE.is_named, OUTSIDE.own = None, None, False, Origin(None, "template")
 
 
 class _Here(threading.local):
@@ -250,16 +270,6 @@ class _TracedFloat(float):
         return _make(float.__repr__(self), ((len(float.__repr__(self)), self._origin, OUTSIDE),))
 
 
-class PassMark(str):
-    """An empty output that says which pass the output behind it belongs to."""
-
-    __slots__ = ("entered",)
-    entered: Pass
-
-    def __str__(self) -> str:
-        return self
-
-
 def _make(text: str, runs: tuple[Run, ...]) -> Traced:
     made = str.__new__(Traced, text)
     made._runs = runs
@@ -356,8 +366,8 @@ def joined(pieces: Iterable[Any]) -> str:
                 texts.append(piece)
                 runs.append((len(piece), None, now))
             continue
-        if kind is PassMark:
-            now = piece.entered
+        if kind is Pass:
+            now = piece
             continue
         text = piece if kind is Traced else str(piece)
         if type(text) is not Traced:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from burnish.config import LastTurns, Roles, TrainOn
-from burnish.data.template import Rendering, Run, Template, common_prefix, message_dict
+from burnish.data.template import Rendering, Run, Template, common_prefix
 from burnish.types import Conversation, Message, RowError
 
 _BLANK = re.compile(r"\s*")
@@ -103,22 +103,16 @@ class Chat:
     conversation: Conversation
     kwargs: Mapping[str, Any]
 
-    @cached_property
-    def messages(self) -> list[dict[str, Any]]:
-        return [message_dict(message) for message in self.conversation.messages]
-
     def trace(self) -> Rendering:
         return self.template.trace(self.conversation, self.kwargs)
 
     def prompt(self, number: int) -> str:
         """The whole prompt that asks the model for message `number`."""
-        return self.template.render(
-            self.messages[:number], self.conversation.tools, self.kwargs, add_generation_prompt=True
-        )
+        return self.template.prompt(self.conversation, number, self.kwargs)
 
     def prompt_behind(self, number: int, before: str) -> str:
         """What of that prompt stands behind the history `before`."""
-        return self.template.generation_prompt(self.messages, number, self.conversation.tools, self.kwargs, before)
+        return self.template.generation_prompt(self.conversation, number, self.kwargs, before)
 
 
 def message_weights(messages: Sequence[Message], train_on: TrainOn) -> tuple[float, ...]:
@@ -241,14 +235,16 @@ def _assistant_turn(
     elif stop[1] > end:
         runs = (*runs, _clipped(rendering.runs[_run_at(rendering, place.last, stop[0])], end, stop[1]))
     end = end if stop is None else stop[1]
-    inside = [_clipped(run, max(run.start, text_start), min(run.end, end)) for run in runs]
-    inside = [run for run in inside if run.start < run.end]
-    _check_authors(inside, text, number)
-    trained = _without(selection.left_out, inside, text, number, stop) if selection.left_out else inside
-    if rendering.has_blocks:
-        notices += _block_notices(number, text, inside, runs, text_start, end, stop)
-        trained = _in_blocks(trained, stop)
-    spans = _merged((run.start, run.end) for run in trained)
+    _check_authors(runs, text, number, text_start, end)
+    spans: tuple[tuple[int, int], ...] = ((text_start, end),)
+    if selection.left_out or rendering.has_blocks:
+        inside = [_clipped(r, max(r.start, text_start), min(r.end, end)) for r in runs]
+        inside = [run for run in inside if run.start < run.end]
+        trained = _without(selection.left_out, inside, text, number, stop)
+        if rendering.has_blocks:
+            notices += _block_notices(number, text, inside, runs, text_start, end, stop)
+            trained = _in_blocks(trained, stop)
+        spans = _merged((run.start, run.end) for run in trained)
     return Turn(number, start, text_start, end, spans, weight, stop, tuple(notices))
 
 
@@ -308,7 +304,7 @@ def _bare_place(chat: Chat, rendering: Rendering, number: int, first: int, last:
 
 
 def _unmarked_place(chat: Chat, rendering: Rendering, number: int) -> _Place | None:
-    """Where a turn of which no run tells stands: without text amid words of no turn, behind its prompt; else nowhere."""
+    """Where a turn of which no run tells stands: behind its prompt if it has no text, else nowhere."""
     text = rendering.text
     message = chat.conversation.messages[number]
     words = [part.strip() for part in (message.content, message.reasoning or "") if part.strip()]
@@ -378,13 +374,15 @@ def _open_turn(text: str, number: int, closing: int, end: int, stops: Stops, sel
     return Notice("open_turn", f"messages[{number}]: {reason}")
 
 
-def _check_authors(runs: Sequence[Run], text: str, number: int) -> None:
-    """Raises RowError where `runs`, the trained text of a turn, hold what nobody or another message wrote."""
+def _check_authors(runs: Sequence[Run], text: str, number: int, start: int, end: int) -> None:
+    """Raises RowError where characters [start, end) of a turn hold what nobody or another message wrote."""
     for run in runs:
+        if run.start >= end or run.end <= start:
+            continue
         if run.origin is None:
             shown = text[run.start : run.end][:30]
             raise _unsure(number, f"the chat template makes {shown!r} of several texts at once")
-        if not _is_template(run) and run.origin.message != number and not _is_blank(text, run):
+        if run.origin.message != number and not _is_template(run) and not _is_blank(text, run):
             other = "a tool's schema" if run.origin.message is None else f"messages[{run.origin.message}]"
             raise _unsure(number, f"the chat template writes {other} into the same turn")
 

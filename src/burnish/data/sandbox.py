@@ -1,0 +1,326 @@
+"""The Jinja environment that transformers renders chat templates in, and the same for text that carries its origins.
+
+A template compiled in the second has a mark at both ends of each loop's body that says which message the pass is about.
+Knows nothing of turns and tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, time
+from types import BuiltinMethodType, MethodType
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.parser import Parser
+from jinja2.runtime import Context, LoopContext, Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
+from jinja2.utils import Namespace, pass_context
+
+from burnish.data.origin import (
+    GENERATION_ENDS,
+    GENERATION_STARTS,
+    HERE,
+    OUTSIDE,
+    TRACED_FILTERS,
+    Pass,
+    Traced,
+    derived,
+    enter,
+    formatted,
+    joined,
+    joined_if_traced,
+    to_json,
+)
+from burnish.types import Origin
+
+
+def compile_plain(source: str, day: date) -> jinja2.Template:
+    """The template as transformers compiles it; `strftime_now` gives `day`. Raises TemplateSyntaxError."""
+    return _Environment(day).from_string(source)
+
+
+def compile_traced(source: str, day: date) -> jinja2.Template:
+    """The template for text with origins: its context needs a `Tracing` under TRACING. Raises TemplateSyntaxError."""
+    environment = _TracedEnvironment(day)
+    tree = environment.parse(source)
+    _add_marks(tree)
+    tree.set_environment(environment)
+    template = environment.from_string(tree)
+    # What the compiled template joins the operands of `~` with.
+    template.root_render_func.__globals__["str_join"] = joined_if_traced
+    return template
+
+
+def parse(source: str, day: date) -> nodes.Template:
+    """The template's syntax tree. Raises TemplateSyntaxError."""
+    return _Environment(day).parse(source)
+
+
+def has_generation_blocks(tree: nodes.Template) -> bool:
+    """Whether the template marks what the model generates by `{% generation %}`."""
+    return any(node.name == "_body" for node in tree.find_all(nodes.ExtensionAttribute))
+
+
+TRACING = "burnish_tracing"
+"""The variable under which a traced rendering's filters find its `Tracing`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tracing:
+    """Messages by identity, so that equal ones are not confused, and the origins of the row's lists and dicts."""
+
+    numbers: Mapping[int, int]
+    containers: Mapping[int, Origin]
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}`: renders its body, in a scope of its own as transformers does."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as a plain class attribute)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Macro) -> str:
+        return caller()
+
+
+class _PublicNamespace(Namespace):
+    """`namespace()` without underscored names, which lead templates out of the sandbox."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # `self` is positional only, so that it may be a name too
+        for name in dict(*args[1:], **kwargs):
+            _check_public(name)
+        Namespace.__init__(*args, **kwargs)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_public(name)
+        super().__setitem__(name, value)
+
+
+def _check_public(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold the underscored name {name!r}")
+
+
+class _PublicDict:
+    """`dict()` and `dict.fromkeys()`, and nothing else of the type."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox that transformers renders chat templates in, on the day `day`."""
+
+    def __init__(self, day: date) -> None:
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[self.generation_tag, jinja2.ext.loopcontrols]
+        )
+        self.filters["tojson"] = _to_json
+        self.globals |= {
+            "raise_exception": _raise_exception,
+            "strftime_now": lambda form: datetime.combine(day, time()).strftime(form),
+            "dict": _PublicDict(),
+            "namespace": _PublicNamespace,
+        }
+
+    generation_tag: type[jinja2.ext.Extension] = _GenerationTag
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        # What the sandbox gives too, without its search and checks, which take most of a rendering's time.
+        kind = type(obj)
+        if kind is dict and attribute not in _DICT_ATTRIBUTES:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if attribute in _SAFE_ATTRIBUTES.get(kind, ()):
+            return getattr(obj, attribute)
+        if kind is _PublicNamespace:
+            held = object.__getattribute__(obj, "_Namespace__attrs").get(attribute)
+            if type(held) in _PLAIN_KINDS:
+                return held
+        return super().getattr(obj, attribute)
+
+
+_DICT_ATTRIBUTES = frozenset(dir(dict))
+_PLAIN_KINDS = frozenset({str, Traced, bool, int, list, dict})
+_STR_METHODS = frozenset(name for name in dir(str) if name[0] != "_") - {"format", "format_map"}
+_SAFE_ATTRIBUTES: Mapping[type, frozenset[str]] = {
+    str: _STR_METHODS,
+    Traced: _STR_METHODS,
+    LoopContext: frozenset(name for name in dir(LoopContext) if name[0] != "_"),
+}
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+# Jinja's own filter escapes HTML.
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+# --- tracing ---
+
+
+@pass_context
+def _begin_pass(context: Context, bound: Sequence[Any]) -> Pass:
+    """Enter a pass of a loop that bound these values; a list with an index stands for that item of it."""
+    tracing: Tracing = context.parent[TRACING]
+    outer = HERE.now
+    for thing in bound:
+        if type(thing) is tuple and len(thing) == 2 and type(thing[0]) is list and isinstance(thing[1], int):
+            items, index = thing
+            thing = items[index] if -len(items) <= index < len(items) else None
+        message = tracing.numbers.get(id(thing))
+        if message is not None:
+            return enter(message, outer, True)
+        if id(thing) in tracing.containers and tracing.containers[id(thing)].part == "tools":
+            return enter(None, outer, True)
+    return enter(outer.message, outer, outer.is_named)
+
+
+@pass_context
+def _end_pass(context: Context, _: Any) -> Pass:
+    outer = HERE.now.parent
+    assert outer is not None, "a pass ends that was not begun"
+    HERE.now = outer
+    return outer
+
+
+@pass_context
+def _traced_json(context: Context, value: Any, *arguments: Any, **options: Any) -> str:
+    names = ("ensure_ascii", "indent", "separators", "sort_keys")
+    options = {"ensure_ascii": False, **dict(zip(names, arguments, strict=False)), **options}
+    return to_json(value, context.parent[TRACING].containers, **options)
+
+
+class _TracedGenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` with a mark at both ends."""
+
+    tags = {"generation"}  # noqa: RUF012 (as above)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        marked = [_filtered("burnish_generation", nodes.Const(True)), *body]
+        return nodes.Scope([*marked, _filtered("burnish_generation", nodes.Const(False))]).set_lineno(line)
+
+
+class _TracedEnvironment(_Environment):
+    """The same sandbox for text that carries its origin."""
+
+    generation_tag = _TracedGenerationTag
+    concat = staticmethod(joined)
+    intercepted_binops = frozenset({"%"})
+
+    def __init__(self, day: date) -> None:
+        super().__init__(day)
+        marks = {"burnish_begin": _begin_pass, "burnish_end": _end_pass, "burnish_generation": _generation_mark}
+        self.filters |= {**TRACED_FILTERS, **marks, "tojson": _traced_json}
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        # Methods of text are safe, and most of what templates call; they see no variables of Jinja's.
+        if isinstance(__obj, BuiltinMethodType | MethodType) and isinstance(__obj.__self__, str):
+            kwargs.pop("_loop_vars", None)
+            kwargs.pop("_block_vars", None)
+            if type(__obj.__self__) is not str:
+                return __obj(*args, **kwargs)
+            return _traced_method(__obj, args, kwargs)
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        result = super().call_binop(context, operator, left, right)
+        return derived(result, left, right) if type(result) is str else result
+
+    def wrap_str_format(self, value: Any) -> Any:
+        if super().wrap_str_format(value) is None:
+            return None
+        form, formatter = value.__self__, SandboxedFormatter(self)
+        if value.__name__ == "format_map":
+            return lambda named, /: formatted(formatter, form, (), named)
+        return lambda *values, **named: formatted(formatter, form, values, named)
+
+
+@pass_context
+def _generation_mark(context: Context, is_start: bool) -> Traced:
+    # It takes the context so that Jinja does not work it out while it compiles.
+    return Traced("", ((0, GENERATION_STARTS if is_start else GENERATION_ENDS, OUTSIDE),))
+
+
+def _traced_method(method: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """A method of the template's own text; where a row's text goes in, the result says so."""
+    if method.__name__ == "join" and args:
+        args = (list(args[0]),)
+    involved = list(args[0]) if method.__name__ == "join" and args else args
+    if any(type(value) is Traced for value in involved):
+        return getattr(Traced(method.__self__, ((len(method.__self__), None, HERE.now),)), method.__name__)(
+            *args, **kwargs
+        )
+    return method(*args, **kwargs)
+
+
+_WRITING = (nodes.Output, nodes.AssignBlock, nodes.CallBlock, nodes.FilterBlock, nodes.Add, nodes.Concat, nodes.Mod)
+"""What puts text beside other text: a loop without it needs no marks."""
+
+
+def _add_marks(tree: nodes.Template) -> None:
+    """Put a mark at both ends of every `for` body of `tree`, with what the loop binds."""
+    for loop in list(tree.find_all(nodes.For)):
+        if not any(True for statement in loop.body for _ in statement.find_all(_WRITING)):
+            continue
+        targets = [loop.target] if isinstance(loop.target, nodes.Name) else list(loop.target.find_all(nodes.Name))
+        names = {target.name for target in targets}
+        bound: list[nodes.Expr] = [nodes.Name(name, "load") for name in sorted(names)]
+        indexed = {
+            item.node.name: item.arg
+            for statement in loop.body
+            for item in statement.find_all(nodes.Getitem)
+            if isinstance(item.node, nodes.Name) and _is_index(item.arg, names)
+        }
+        bound += [nodes.Tuple([nodes.Name(name, "load"), index], "load") for name, index in indexed.items()]
+        begin = _filtered("burnish_begin", nodes.Tuple(bound, "load"))
+        loop.body = [begin, *_ending_marked(loop.body), _filtered("burnish_end", nodes.Const(None))]
+        for node in loop.body:
+            node.set_lineno(loop.lineno)
+
+
+def _is_index(node: nodes.Node, names: set[str]) -> bool:
+    """Whether it is a loop's variable, or its `loop.index0`."""
+    if isinstance(node, nodes.Getattr):
+        return node.attr == "index0" and isinstance(node.node, nodes.Name) and node.node.name == "loop"
+    return isinstance(node, nodes.Name) and node.name in names
+
+
+def _filtered(name: str, value: nodes.Expr) -> nodes.Output:
+    return nodes.Output([nodes.Filter(value, name, [], [], None, None)])
+
+
+def _ending_marked(body: list[nodes.Node]) -> list[nodes.Node]:
+    """`body` with an end mark before each `continue` and `break` that leaves it."""
+    marked: list[nodes.Node] = []
+    for node in body:
+        if isinstance(node, nodes.Continue | nodes.Break):
+            marked.append(_filtered("burnish_end", nodes.Const(None)))
+        elif not isinstance(node, nodes.For):
+            for field, value in node.iter_fields():
+                if isinstance(value, list) and value and isinstance(value[0], nodes.Stmt):
+                    setattr(node, field, _ending_marked(value))
+        marked.append(node)
+    return marked
