@@ -296,7 +296,7 @@ class Inspector:
     @cached_property
     def _is_added(self) -> np.ndarray:
         found = np.zeros(self.parts.opened_tokenizer.facts.largest_id + 1, bool)
-        found[list(self.parts.added_tokens)] = True
+        found[list(self.parts.opened_tokenizer.added_tokens)] = True
         return found
 
     def _data_warnings(self) -> Iterator[DataWarning]:
@@ -318,7 +318,7 @@ class Inspector:
         if self.parts.model is None or self.parts.model.num_embeddings is None:
             return
         facts, rows = self.parts.opened_tokenizer.facts, self.parts.model.num_embeddings
-        outside = [token for token in sorted(self.parts.added_tokens) if token >= rows]
+        outside = [token for token in sorted(self.parts.opened_tokenizer.added_tokens) if token >= rows]
         if outside:
             names = ", ".join(self.parts.token_name(token) for token in outside[:LINKED_ROWS])
             more = ", ..." if len(outside) > LINKED_ROWS else ""

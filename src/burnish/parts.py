@@ -96,6 +96,8 @@ class OpenedTokenizer:
     backend: str
     special_tokens: Mapping[str, Any]
     chat_template: str | Mapping[str, str] | None
+    added_tokens: Mapping[int, str]
+    """The tokens that are added to the vocabulary, by id."""
     facts: TokenizerFacts
 
 
@@ -107,7 +109,7 @@ def open_tokenizer(place: str, trust_remote_code: bool = False) -> OpenedTokeniz
         return _open_by_transformers(place, trust_remote_code)
     ids = {kind: files.special_ids.get(f"{kind}_token") for kind in ("bos", "eos", "pad")}
     facts = TokenizerFacts(files.largest_id, **ids, name=f"the tokenizer {place}")
-    return OpenedTokenizer(files.backend, files.special_tokens, files.chat_template, facts)
+    return OpenedTokenizer(files.backend, files.special_tokens, files.chat_template, files.added_tokens, facts)
 
 
 def _open_by_transformers(place: str, trust_remote_code: bool) -> OpenedTokenizer:
@@ -128,7 +130,8 @@ def _open_by_transformers(place: str, trust_remote_code: bool) -> OpenedTokenize
         loaded.pad_token_id,
         f"the tokenizer {place}",
     )
-    return OpenedTokenizer(text.backend, text.special_tokens, text.chat_template, facts)
+    added = {number: token.content for number, token in loaded.added_tokens_decoder.items()}
+    return OpenedTokenizer(text.backend, text.special_tokens, text.chat_template, added, facts)
 
 
 @dataclass(frozen=True)
@@ -306,13 +309,8 @@ class Parts:
             truncate_side=data.truncate_side,
         )
 
-    @cached_property
-    def added_tokens(self) -> dict[int, str]:
-        """The tokenizer's added tokens by id."""
-        return {token["id"]: token["content"] for token in json.loads(self.opened_tokenizer.backend)["added_tokens"]}
-
     def token_name(self, token: int) -> str:
-        return self.added_tokens.get(token) or self.tokenizer.decode([token])
+        return self.opened_tokenizer.added_tokens.get(token) or self.tokenizer.decode([token])
 
     @cached_property
     def facts(self) -> tuple[tuple[str, str], ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from burnish.data.json_files import FileFacts
-from burnish.data.schema import Schema, Signature, schema_of
-from burnish.data.tables import _signatures, without_nulls
+from burnish.data.schema import Fill, Schema, Signature, schema_of
+from burnish.data.tables import without_nulls
 
 if TYPE_CHECKING:
-    pass
+    import pyarrow as pa
 
 PLAIN_FEATURES = {"Value", "List", "LargeList", "Sequence"}
 """Features of `datasets` whose values are those that Arrow holds."""
@@ -56,14 +57,41 @@ def open_parquet_rows(path: Path) -> ParquetFile | None:
     file = _open(path)
     if not _is_plain(file.schema_arrow.metadata or {}):
         return None
-    import pyarrow as pa
-
     signatures: Counter[Signature] = Counter()
     for batch in file.iter_batches(batch_size=8192):
-        signatures.update(dict(_signatures(pa.Table.from_batches([batch]))))
+        signatures.update(dict(_signatures(batch)))
     groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
     facts = FileFacts(str(path), path.stat().st_size, file.metadata.num_rows, "")
     return ParquetFile(path, schema_of(signatures), facts, np.cumsum(groups, dtype=np.int64))
+
+
+def _signatures(batch: pa.RecordBatch) -> Iterator[tuple[Signature, int]]:
+    fills = np.stack([_fills(column) for column in batch.columns], axis=1)
+    kinds, counts = np.unique(fills, axis=0, return_counts=True)
+    for kind, count in zip(kinds.tolist(), counts.tolist(), strict=True):
+        yield tuple(zip(batch.schema.names, map(Fill, kind), strict=True)), count
+
+
+def _fills(column: pa.Array) -> np.ndarray:
+    """How each row fills a column, uint8 [rows]."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        lengths = pc.call_function("binary_length", [column])
+    elif pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        lengths = pc.call_function("list_value_length", [column])
+    else:
+        return np.where(_bools(column.is_null()), Fill.NULL, Fill.FILLED).astype(np.uint8)
+    is_empty = _bools(pc.call_function("equal", [lengths, pa.scalar(0, lengths.type)]))
+    filled = np.where(is_empty, Fill.EMPTY, Fill.FILLED)
+    return np.where(_bools(column.is_null()), Fill.NULL, filled).astype(np.uint8)
+
+
+def _bools(array: pa.BooleanArray) -> np.ndarray:
+    """An array of truth values, null as false. Arrow's own way there imports pandas, which takes a while."""
+    plain = array.fill_null(False).cast("uint8")
+    return np.frombuffer(plain.buffers()[1], np.uint8, len(plain), plain.offset).astype(bool)
 
 
 def _open(path: Path) -> Any:

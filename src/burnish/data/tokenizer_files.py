@@ -44,6 +44,8 @@ class TokenizerFiles:
     largest_id: int
     special_ids: Mapping[str, int]
     """The ids of `special_tokens`."""
+    added_tokens: Mapping[int, str]
+    """The tokens that are added to the vocabulary, by id."""
 
 
 def read_tokenizer(folder: Path) -> TokenizerFiles | None:
@@ -81,6 +83,7 @@ def read_tokenizer(folder: Path) -> TokenizerFiles | None:
         chat_template=_chat_template(folder, settings),
         largest_id=max(tokenizer.get_vocab().values()),
         special_ids={name: number for name, number in ids.items() if number is not None},
+        added_tokens={number: token.content for number, token in tokenizer.get_added_tokens_decoder().items()},
     )
 
 
