@@ -352,15 +352,19 @@ def _spans(encoded: Encoded) -> Iterator[tuple[int, int, str, float]]:
 
 
 def _turns_without_end(encoded: Encoded) -> list[int | None]:
-    """Messages of which an assistant's text is trained and no end-of-turn token."""
-    trained, ended = dict[int | None, None](), set[int | None]()
+    """Messages of which an assistant's text is trained with no trained end-of-turn token behind it.
+
+    That token may stand in no message, or in the next one's header, so that it is known by its place alone.
+    """
+    found: list[int | None] = []
     for start, end, origin, message in encoded.spans:
-        if encoded.loss_weights[start:end].any():
-            if origin == "template:end":
-                ended.add(message)
-            elif origin.startswith("assistant:"):
-                trained[message] = None
-    return [message for message in trained if message not in ended]
+        if not encoded.loss_weights[start:end].any():
+            continue
+        if origin == "template:end" and found:
+            found.pop()
+        elif origin.startswith("assistant:") and message not in found[-1:]:
+            found.append(message)
+    return found
 
 
 def _empty_turns(part: Row) -> list[tuple[int, str]]:

@@ -416,3 +416,17 @@ def test_a_row_is_ready_before_the_next_is_read(
     next(rows)
     assert encoded == [1]
     assert len(list(rows)) == 49
+
+
+def test_an_end_of_turn_that_stands_in_no_message(tmp_path: Path, chatml_tokenizer: Path) -> None:
+    template = tmp_path / "outside.jinja"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|im_end|>{% endif %}"
+    )
+    file = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b"), chat("a", "b", "c", "d")])
+    rows = list(inspector(file, chatml_tokenizer, chat_template=str(template)).rows(None))
+    assert rows[0].spans[-1][2:] == ("template:end", 1.0)
+    assert warnings_of(rows[0]) == set()
+    assert warnings_of(rows[1]) == {"open_turn"}
+    assert "messages[1]" in dict(rows[1].warnings)["open_turn"]
