@@ -421,7 +421,7 @@ def test_a_row_is_ready_before_the_next_is_read(
 def test_an_end_of_turn_that_stands_in_no_message(tmp_path: Path, chatml_tokenizer: Path) -> None:
     template = tmp_path / "outside.jinja"
     template.write_text(
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|im_end|>{% endif %}"
     )
     file = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b"), chat("a", "b", "c", "d")])
