@@ -216,21 +216,17 @@ def _per_message(chats: Sequence[Chat]) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def trl_way(folder: Path) -> Callable[[Sequence[Chat]], None] | None:
-    """TRL's preparation with `assistant_only_loss`: one call of the template a row, with its own training template.
+    """TRL's preparation with `assistant_only_loss`, one process: one call of a template with blocks a row.
 
-    None where trl is not installed, or has no template for this tokenizer.
+    TRL takes neither tokenizer's own template, so it is TRL's for Qwen3. None where trl is not installed.
     """
     try:
         from trl.chat_template_utils import (  # pyright: ignore[reportMissingImports]
-            get_training_chat_template,
+            qwen3_training_chat_template as template,
         )
     except ImportError:
         return None
     tokenizer = load_transformers(folder)
-    try:
-        template = get_training_chat_template(tokenizer)
-    except ValueError:
-        return None
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True, "chat_template": template}
 
     def prepare(chats: Sequence[Chat]) -> None:
