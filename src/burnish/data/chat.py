@@ -20,7 +20,7 @@ from tokenizers import Encoding, Tokenizer
 
 from burnish.data.places import ChatPlaces, Places, Span, TextPlaces, spans_of
 from burnish.data.renderer import FunctionTemplate, load_renderer
-from burnish.data.template import ChatTemplate, Rendering, Run, Template, common_prefix
+from burnish.data.template import ChatTemplate, Rendering, Template, common_prefix
 from burnish.data.turns import (
     ASSISTANT_TURNS,
     Chat,
@@ -28,7 +28,7 @@ from burnish.data.turns import (
     Selection,
     Stops,
     Turn,
-    closing_stop,
+    closed_last,
     message_weights,
     single_turn,
     trained_turns,
@@ -180,8 +180,7 @@ class TextTokenizer:
     def encode_batch(self, rows: Sequence[Row], selection: Selection = ASSISTANT_TURNS) -> list[Encoded | RowError]:
         """`encode` of each row, errors as values. Raises UserError where the tokenizer lacks what such rows need."""
         drafts = [caught(self._draft, row, selection) for row in rows]
-        texts = [draft.text for draft in drafts if isinstance(draft, _Draft)]
-        encodings = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
+        encodings = iter(self._encode_texts([draft for draft in drafts if isinstance(draft, _Draft)]))
         return [caught(self._weigh, d, next(encodings)) if isinstance(d, _Draft) else d for d in drafts]
 
     def prompt_differences(self, row: Conversation | TurnRow, encoded: Encoded) -> list[tuple[int, str]]:
@@ -189,22 +188,27 @@ class TextTokenizer:
         if isinstance(row, TurnRow):
             return []
         chat = self._chat(row)
+        asked = {
+            turn: caught(chat.prompt, turn.message)
+            for turn in encoded.turns
+            if row.messages[turn.message].role == "assistant"
+        }
+        texts = [prompt for prompt in asked.values() if not isinstance(prompt, RowError)]
+        encodings = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
         found = []
-        for turn in encoded.turns:
-            if row.messages[turn.message].role != "assistant":
-                continue
-            asked = caught(chat.prompt, turn.message)
+        for turn, prompt in asked.items():
             before = encoded.text[: turn.text_start]
-            if isinstance(asked, RowError):
-                found.append((turn.message, f"inference cannot ask for it: {asked}"))
-            elif asked != before:
-                at = common_prefix(asked, before)
+            if isinstance(prompt, RowError):
+                found.append((turn.message, f"inference cannot ask for it: {prompt}"))
+                continue
+            ids = next(encodings).ids
+            if prompt != before:
+                at = common_prefix(prompt, before)
                 found.append(
-                    (
-                        turn.message,
-                        f"trained under {_excerpt(before, at)}, inference asks under {_excerpt(asked, at)}",
-                    )
+                    (turn.message, f"trained under {_excerpt(before, at)}, inference asks under {_excerpt(prompt, at)}")
                 )
+            elif encoded.tokens[: len(ids)].tolist() != ids:
+                found.append((turn.message, f"the prompt's end {prompt[-20:]!r} has other tokens without the turn"))
         return found
 
     def _draft(self, row: Row, selection: Selection) -> _Draft | Encoded:
@@ -216,59 +220,38 @@ class TextTokenizer:
         stops = self._stops(chat.template)
         if isinstance(row, TurnRow):
             weight = message_weights(row.chat.messages, selection.train_on)[row.number]
-            chat = replace(chat, conversation=replace(row.chat, messages=row.chat.messages[: row.number + 1]))
-            return self._turn_draft(chat, weight, selection, stops)
-        return self._chat_draft(chat, selection, stops)
-
-    def _chat_draft(self, chat: Chat, selection: Selection, stops: Stops) -> _Draft:
+            rendering, turn = single_turn(chat, row.number, weight, selection, stops)
+            return self._chat_draft(chat.until(row.number + 1), rendering, [turn], selection, stops, turn.text_start)
         rendering = chat.trace()
-        messages = chat.conversation.messages
         if selection.train_on == "all":
-            turns = weighted_turns(rendering, messages)
-            return _Draft(_encodable(rendering.text), messages=messages, rendering=rendering, turns=turns, default=1.0)
+            turns = weighted_turns(rendering, row.messages)
+            return _Draft(_encodable(rendering.text), None, row.messages, rendering, turns, default=1.0)
         turns = trained_turns(chat, rendering, selection, stops)
-        return self._closed(
-            chat, _Draft(_encodable(rendering.text), None, messages, rendering, turns), selection, stops
-        )
+        return self._chat_draft(chat, rendering, turns, selection, stops)
 
-    def _turn_draft(self, chat: Chat, weight: float, selection: Selection, stops: Stops) -> _Draft:
-        rendering = chat.trace()
-        turn = single_turn(chat, rendering, weight, selection, stops)
-        draft = _Draft(_encodable(rendering.text), None, chat.conversation.messages, rendering, [turn])
-        return self._closed(chat, draft, selection, stops)
+    def _chat_draft(
+        self,
+        chat: Chat,
+        rendering: Rendering,
+        turns: list[Turn],
+        selection: Selection,
+        stops: Stops,
+        prompt: int | None = None,
+    ) -> _Draft:
+        if selection.open_turns == "close":
+            rendering, turns = closed_last(chat, rendering, turns, stops, self.special_tokens.get("eos_token"))
+        return _Draft(_encodable(rendering.text), None, chat.conversation.messages, rendering, turns, prompt=prompt)
 
-    def _closed(self, chat: Chat, draft: _Draft, selection: Selection, stops: Stops) -> _Draft:
-        """`draft`, its last turn ended where that is open and `open_turns` says close.
-
-        It ends with the token by which the template would begin the turn behind it, where that is a declared stop, else
-        with eos.
-        """
-        last = draft.turns[-1] if draft.turns else None
-        if selection.open_turns != "close" or last is None or last.stop is not None:
-            return draft
-        if last.message != len(draft.messages) - 1:
-            return draft
-        stop = closing_stop(chat, stops) or self.special_tokens.get("eos_token")
-        if stop is None:
-            raise RowError(
-                "data.open_turns=close: no stop token is known to end the last turn with; name one in "
-                "generation_config.json's eos_token_id"
-            )
-        assert draft.rendering is not None
-        text = draft.text[: last.end] + stop
-        end = len(text)
-        kept = [run for run in draft.rendering.runs if run.start < last.end]
-        kept[-1] = kept[-1]._replace(end=last.end)
-        run = Run(last.end, end, last.message, Origin(last.message, "template"))
-        turn = replace(
-            last,
-            end=end,
-            stop=(last.end, end),
-            trained=(*last.trained, (last.end, end)),
-            notices=tuple(notice for notice in last.notices if notice.kind != "open_turn"),
-        )
-        rendering = replace(draft.rendering, text=text, runs=(*kept, run))
-        return replace(draft, text=text, rendering=rendering, turns=[*draft.turns[:-1], turn])
+    def _encode_texts(self, drafts: Sequence[_Draft]) -> list[Encoding]:
+        """The tokens of each text. Those of a prompt are what they are without the turn behind it, as in inference."""
+        encodings = self._tokenizer.encode_batch([draft.text for draft in drafts], add_special_tokens=False)
+        asked = {i: draft.prompt for i, draft in enumerate(drafts) if draft.prompt is not None}
+        prompts = [drafts[i].text[:end] for i, end in asked.items()]
+        for i, prompt in zip(asked, self._tokenizer.encode_batch(prompts, add_special_tokens=False), strict=True):
+            if encodings[i].ids[: len(prompt)] != prompt.ids:
+                turn = self._tokenizer.encode(drafts[i].text[asked[i] :], add_special_tokens=False)
+                encodings[i] = Encoding.merge([prompt, turn], growing_offsets=True)
+        return encodings
 
     def _weigh(self, draft: _Draft, encoding: Encoding) -> Encoded:
         return _trained(
@@ -409,6 +392,8 @@ class _Draft:
     turns: Sequence[Turn] = ()
     default: float = 0.0
     """The weight of what is in no turn."""
+    prompt: int | None = None
+    """Where the prompt ends that inference tokenises by itself."""
 
     def holds_others(self, start: int, end: int, message: int) -> bool:
         """Whether another message than `message`, or a tool's schema, wrote any of characters [start, end)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import operator
 import string
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -141,7 +142,7 @@ class Traced(str):
             if step == -1 and str.__getitem__(self, key) == str.__getitem__(self, slice(None, None, -1)):
                 return _make(str.__getitem__(self, key), self._runs[::-1])
             return derived(str.__getitem__(self, key), self)
-        place = key.__index__()
+        place = operator.index(key)
         character = str.__getitem__(self, place)
         start = place % len(self)
         return _cut(self, start, start + len(character))
@@ -247,13 +248,21 @@ class Traced(str):
 
 
 class TracedMarkup(Markup):
-    """What `|safe` makes of text: Jinja's Markup, which escapes what is added to it, with the origins of `_text`."""
+    """What `|safe` and `|escape` make of text: Jinja's Markup, which escapes what is added to it, with origins.
 
-    __slots__ = ("_text",)
-    _text: str
+    Whatever Markup's own methods make of it is LOST.
+    """
+
+    __slots__ = ("_runs",)
+    _runs: tuple[Run, ...]
+
+    def __new__(cls, text: object = "", *arguments: Any) -> TracedMarkup:
+        made = super().__new__(cls, text, *arguments)
+        made._runs = ((len(made), LOST, OUTSIDE),)
+        return made
 
     def __str__(self) -> str:
-        return self._text
+        return _make(str.__str__(self), self._runs)
 
 
 class _TracedInt(int):
@@ -369,11 +378,10 @@ def joined(pieces: Iterable[Any]) -> str:
         if kind is Pass:
             now = piece
             continue
-        text = piece if kind is Traced else str(piece)
+        text = piece if kind is Traced else as_text(piece)
         if type(text) is not Traced:
-            author = LOST if isinstance(piece, Markup) else None
             texts.append(text)
-            runs.append((len(text), author, now))
+            runs.append((len(text), None, now))
             continue
         texts.append(text)
         if now is OUTSIDE:
@@ -383,9 +391,17 @@ def joined(pieces: Iterable[Any]) -> str:
     return _make("".join(texts), tuple(runs))
 
 
+def as_text(value: Any) -> str:
+    """`str(value)` with origins."""
+    text = str(value)
+    if isinstance(value, Markup | bytes) and type(text) is str:
+        return _make(text, ((len(text), LOST, OUTSIDE),))
+    return derived(text, value)
+
+
 def joined_if_traced(pieces: Iterable[Any]) -> str:
     """`joined`, or a plain str where no piece has an origin: what a template makes of its own words alone."""
-    texts = [str(piece) for piece in pieces]
+    texts = [piece if type(piece) is str else as_text(piece) for piece in pieces]
     for text in texts:
         if type(text) is not str:
             return joined(texts)
@@ -417,11 +433,9 @@ def _common(authors: set[Author]) -> Author:
 
 def _collect(value: Any, authors: set[Author], containers: Mapping[int, Origin] | None) -> None:
     """Add the authors of all text in a value; containers made by `trace_value` are not searched."""
-    if isinstance(value, Traced):
+    if isinstance(value, Traced | TracedMarkup):
         authors.update(author for length, author, _ in value._runs if length)
-    elif isinstance(value, TracedMarkup):
-        _collect(value._text, authors, containers)
-    elif isinstance(value, Markup):
+    elif isinstance(value, Markup | bytes):
         authors.add(LOST)
     elif isinstance(value, _TracedInt | _TracedFloat):
         authors.add(value._origin)
@@ -484,18 +498,27 @@ def _following(function: Callable[..., Wrapped]) -> Callable[..., Wrapped]:
     return follow
 
 
-def _safe(value: Any) -> Markup:
-    text = str(value)
-    made = TracedMarkup(text)
-    made._text = text if isinstance(text, Traced) else _make(text, ((len(text), None, HERE.now),))
-    return made
+def _marked_up(function: Callable[[Any], Markup]) -> Callable[[Any], Markup]:
+    """A filter that makes Markup, which keeps the origins of text that it leaves as it is."""
+
+    @functools.wraps(function)
+    def mark_up(value: Any) -> Markup:
+        text, result = as_text(value), function(value)
+        if isinstance(value, TracedMarkup):
+            return value
+        made = TracedMarkup(result)
+        kept = text if str.__eq__(text, str.__str__(result)) else derived(str.__str__(result), text)
+        made._runs = kept._runs if isinstance(kept, Traced) else ((len(made), None, HERE.now),)
+        return made
+
+    return mark_up
 
 
 def _join(evaluation: Any, values: Iterable[Any], between: str = "", attribute: Any = None) -> str:
     if attribute is not None:
         return derived(_JINJA_JOIN(evaluation, values, between, attribute), *values)
-    pieces = [str(value) for value in values]
-    separated: list[Any] = [str(between)] * max(2 * len(pieces) - 1, 0)
+    pieces = [as_text(value) for value in values]
+    separated: list[Any] = [as_text(between)] * max(2 * len(pieces) - 1, 0)
     separated[::2] = pieces
     return joined_if_traced(separated)
 
@@ -513,13 +536,14 @@ def _indent(text: str, width: int | str = 4, first: bool = False, blank: bool = 
 
 _JINJA_JOIN = FILTERS["join"]
 _FOLLOWED = (
-    "capitalize", "center", "e", "escape", "filesizeformat", "forceescape", "format", "pprint", "replace", "striptags",
+    "capitalize", "center", "filesizeformat", "format", "pprint", "replace", "striptags",
     "title", "truncate", "urlencode", "urlize", "wordwrap", "xmlattr",
 )  # fmt: skip
 
 TRACED_FILTERS: Mapping[str, Callable[..., Any]] = {
     **{name: _following(FILTERS[name]) for name in _FOLLOWED},
-    "safe": _safe,
+    **{name: _marked_up(FILTERS[name]) for name in ("e", "escape", "forceescape", "safe")},
+    "string": as_text,
     "join": functools.wraps(_JINJA_JOIN)(_join),
     "indent": _indent,
 }

@@ -31,7 +31,7 @@ class FunctionTemplate(Template):
                 texts.append(text)
                 runs.append(Run(position, position + len(text), origin[0], Origin(*origin)))
                 position += len(text)
-        return Rendering("".join(texts), tuple(runs))
+        return Rendering("".join(texts), tuple(runs), frozenset(range(len(messages))))
 
     def may_write(self, token: str) -> bool:
         return True

@@ -184,6 +184,8 @@ def _begin_pass(context: Context, bound: Sequence[Any]) -> Pass:
     """Enter a pass of a loop that bound these values; a list with an index stands for that item of it."""
     tracing: Tracing = context.parent[TRACING]
     outer = HERE.now
+    if outer.is_named:  # a loop within a message's turn writes that turn, whatever it goes over
+        return enter(outer.message, outer, True)
     for thing in bound:
         if type(thing) is tuple and len(thing) == 2 and type(thing[0]) is list and isinstance(thing[1], int):
             items, index = thing
@@ -193,7 +195,7 @@ def _begin_pass(context: Context, bound: Sequence[Any]) -> Pass:
             return enter(message, outer, True)
         if id(thing) in tracing.containers and tracing.containers[id(thing)].part == "tools":
             return enter(None, outer, True)
-    return enter(outer.message, outer, outer.is_named)
+    return enter(None, outer, False)
 
 
 @pass_context
@@ -243,7 +245,10 @@ class _TracedEnvironment(_Environment):
             if type(__obj.__self__) is not str:
                 return __obj(*args, **kwargs)
             return _traced_method(__obj, args, kwargs)
-        return super().call(__context, __obj, *args, **kwargs)
+        result = super().call(__context, __obj, *args, **kwargs)
+        if type(result) is str and isinstance(__obj, BuiltinMethodType) and isinstance(__obj.__self__, bytes):
+            return Traced(result)  # nothing follows bytes
+        return result
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         result = super().call_binop(context, operator, left, right)

@@ -53,6 +53,8 @@ class Rendering:
 
     text: str
     runs: tuple[Run, ...]
+    placed: frozenset[int] = frozenset()
+    """The messages whose turns are known with the template's own words in them; of others the texts alone are."""
     has_blocks: bool = False
     """Whether the template marks what the model generates by `{% generation %}` blocks."""
 
@@ -182,7 +184,8 @@ class ChatTemplate(Template):
                 pieces += text._runs
             else:
                 pieces += [run if run[2] is not OUTSIDE else (run[0], run[1], now) for run in text._runs]
-        return Rendering("".join(texts), _resolve(pieces), self._has_blocks)
+        placed = {in_pass.message for _, _, in_pass in pieces if in_pass.message is not None}
+        return Rendering("".join(texts), _resolve(pieces), frozenset(placed), self._has_blocks)
 
 
 def _resolve(pieces: Sequence[tuple[int, Author, Pass]]) -> tuple[Run, ...]:
@@ -203,18 +206,19 @@ def _resolve(pieces: Sequence[tuple[int, Author, Pass]]) -> tuple[Run, ...]:
                 depth += 1 if author.is_start else -1
             continue
         turn, origin = in_pass.message, in_pass.own
-        if not in_pass.is_named:
+        if not in_pass.is_named and turns:
             turn = turns.get(in_pass)
-            if turn is not None:
-                origin = Origin(turn, "template")
-            elif type(author) is Origin:
-                turn = author.message
+            origin = Origin(turn, "template")
+        if turn is None and type(author) is Origin:
+            turn = author.message
         if author is not None:
             origin = author if type(author) is Origin else None
-        if origin is not last_origin or turn != last_turn or (depth > 0) is not last_generated or not position:
+        is_generated = depth > 0
+        is_same = origin is last_origin or origin == last_origin
+        if not is_same or turn != last_turn or is_generated is not last_generated or not position:
             if position:
                 runs.append(Run(start, position, last_turn, last_origin, last_generated))
-            start, last_turn, last_origin, last_generated = position, turn, origin, depth > 0
+            start, last_turn, last_origin, last_generated = position, turn, origin, is_generated
         position += length
     if position:
         runs.append(Run(start, position, last_turn, last_origin, last_generated))

@@ -7,14 +7,14 @@ end-of-turn token, whoever wrote it. Knows characters and their authors; tokens 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from burnish.config import LastTurns, Roles, TrainOn
 from burnish.data.template import Rendering, Run, Template, common_prefix
-from burnish.types import Conversation, Message, RowError
+from burnish.types import Conversation, Message, Origin, RowError
 
 _BLANK = re.compile(r"\s*")
 
@@ -63,6 +63,8 @@ class Turn:
     trained: tuple[tuple[int, int], ...]
     weight: float
     stop: tuple[int, int] | None = None
+    is_asked: bool = True
+    """Whether the header is all of the generation prompt, so that inference would have the same text generated."""
     notices: tuple[Notice, ...] = ()
 
 
@@ -103,8 +105,15 @@ class Chat:
     conversation: Conversation
     kwargs: Mapping[str, Any]
 
-    def trace(self) -> Rendering:
-        return self.template.trace(self.conversation, self.kwargs)
+    def with_messages(self, messages: Sequence[Message]) -> Chat:
+        return replace(self, conversation=replace(self.conversation, messages=tuple(messages)))
+
+    def until(self, number: int) -> Chat:
+        """The chat up to message `number`, that one not included."""
+        return self.with_messages(self.conversation.messages[:number])
+
+    def trace(self, **more: Any) -> Rendering:
+        return self.template.trace(self.conversation, {**self.kwargs, **more})
 
     def prompt(self, number: int) -> str:
         """The whole prompt that asks the model for message `number`."""
@@ -113,6 +122,15 @@ class Chat:
     def prompt_behind(self, number: int, before: str) -> str:
         """What of that prompt stands behind the history `before`."""
         return self.template.generation_prompt(self.conversation, number, self.kwargs, before)
+
+    def asked(self) -> str | None:
+        """What asking for a turn adds behind the last message that is no assistant's; None where that is not sure."""
+        messages = self.conversation.messages
+        number = max((n for n, message in enumerate(messages, 1) if message.role != "assistant"), default=0)
+        try:
+            return self.template.generation_prompt(self.conversation, number, self.kwargs, "\0")
+        except RowError:
+            return None
 
 
 def message_weights(messages: Sequence[Message], train_on: TrainOn) -> tuple[float, ...]:
@@ -170,36 +188,81 @@ def weighted_turns(rendering: Rendering, messages: Sequence[Message]) -> list[Tu
     return turns
 
 
-def single_turn(chat: Chat, rendering: Rendering, weight: float, selection: Selection, stops: Stops) -> Turn:
-    """The last turn of `rendering`, under exactly the prompt that inference gives it.
+def single_turn(chat: Chat, number: int, weight: float, selection: Selection, stops: Stops) -> tuple[Rendering, Turn]:
+    """Turn `number` under exactly the prompt that inference gives it, as it would be written were it the last.
 
-    Raises RowError where the template does not write the turn as a continuation of that prompt.
-    """
-    number = len(chat.conversation.messages) - 1
-    prompt = chat.prompt(number)
-    if not rendering.text.startswith(prompt):
-        shared = common_prefix(rendering.text, prompt)
-        raise _unsure(
-            number,
-            f"inference asks for the turn with {prompt[max(0, shared - 20) : shared + 20]!r}, and the chat template "
-            f"writes {rendering.text[max(0, shared - 20) : shared + 20]!r}, which does not go on from there; set "
-            "data.chat_template_kwargs so that both agree (such as enable_thinking), or data.turn_per_sample to false",
-        )
-    turn = _assistant_turn(chat, rendering, number, weight, selection, stops, text_start=len(prompt))
-    if turn is None:
-        raise _unsure(number, "the chat template does not write it")
-    return turn
-
-
-def closing_stop(chat: Chat, stops: Stops) -> str | None:
-    """The declared stop by which the template would begin a turn behind the last: a tool's behind calls, else a user's.
-
-    None where it begins with no such token, or refuses the turn.
+    Raises RowError where the template does not write the turn as going on from that prompt.
     """
     messages = chat.conversation.messages
-    following = Message("tool" if messages[-1].tool_calls else "user", "?")
+    prompt = chat.until(number).trace(add_generation_prompt=True)
+    written = chat.until(number + 1).trace()
+    turn = _assistant_turn(chat.until(number + 1), written, number, weight, selection, stops)
+    if turn is None:
+        raise _unsure(number, "the chat template does not write it")
+    start = len(prompt.text) if written.text.startswith(prompt.text) else turn.text_start if turn.is_asked else -1
+    if not turn.start <= start <= turn.end:
+        raise _unsure(
+            number,
+            f"inference asks for the turn with {prompt.text[-30:]!r}, and the chat template writes "
+            f"{written.text[turn.start : turn.start + 40]!r}, which does not go on from there; set "
+            "data.chat_template_kwargs so that both agree (such as enable_thinking), or data.turn_per_sample to false",
+        )
+    shift = len(prompt.text) - start
+    runs = [*prompt.runs, *(_clipped(run, max(run.start, start), run.end) for run in written.runs if run.end > start)]
+    for i in range(len(prompt.runs), len(runs)):
+        runs[i] = runs[i]._replace(start=runs[i].start + shift, end=runs[i].end + shift)
+    trained = tuple((max(first, start) + shift, last + shift) for first, last in turn.trained if last > start)
+    moved = replace(
+        turn,
+        start=min(turn.start + shift, len(prompt.text)),
+        text_start=len(prompt.text),
+        end=turn.end + shift,
+        trained=trained,
+        stop=None if turn.stop is None else (turn.stop[0] + shift, turn.stop[1] + shift),
+    )
+    rendering = replace(written, text=prompt.text + written.text[start:], runs=tuple(runs))
+    following = messages[number + 1] if number + 1 < len(messages) else None
+    stop = None if following is None else closing_stop(chat.until(number + 1), stops, following)
+    return (rendering, moved) if moved.stop is not None or stop is None else ended(rendering, moved, stop)
+
+
+def ended(rendering: Rendering, turn: Turn, stop: str) -> tuple[Rendering, Turn]:
+    """An open turn, the last of its rendering, with `stop` behind its text."""
+    text = rendering.text[: turn.end] + stop
+    runs = [_clipped(run, run.start, min(run.end, turn.end)) for run in rendering.runs if run.start < turn.end]
+    place = (turn.end, len(text))
+    runs.append(Run(*place, turn.message, Origin(turn.message, "template"), True))
+    notices = tuple(notice for notice in turn.notices if notice.kind != "open_turn")
+    closed = replace(turn, end=len(text), stop=place, trained=_merged((*turn.trained, place)), notices=notices)
+    return replace(rendering, text=text, runs=tuple(runs)), closed
+
+
+def closed_last(
+    chat: Chat, rendering: Rendering, turns: Sequence[Turn], stops: Stops, eos: str | None
+) -> tuple[Rendering, list[Turn]]:
+    """`turns` with the last one ended where it is open and the conversation's last.
+
+    It ends with the token by which the template would begin the turn behind it, where that is a declared stop, else
+    with `eos`. Raises RowError where there is neither.
+    """
+    messages = chat.conversation.messages
+    if not turns or turns[-1].stop is not None or turns[-1].message != len(messages) - 1:
+        return rendering, list(turns)
+    stop = closing_stop(chat, stops, Message("tool" if messages[-1].tool_calls else "user", "?")) or eos
+    if stop is None:
+        raise RowError(
+            "data.open_turns=close: no stop token is known to end the last turn with; name one in "
+            "generation_config.json's eos_token_id"
+        )
+    rendering, last = ended(rendering, turns[-1], stop)
+    return rendering, [*turns[:-1], last]
+
+
+def closing_stop(chat: Chat, stops: Stops, following: Message) -> str | None:
+    """The declared stop by which the template begins a message behind the last; None where it is none, or refused."""
+    messages = chat.conversation.messages
     try:
-        rendering = chat.template.trace(replace(chat.conversation, messages=(*messages, following)), chat.kwargs)
+        rendering = chat.with_messages((*messages, following)).trace()
     except RowError:
         return None
     number = len(messages)
@@ -217,19 +280,18 @@ def _assistant_turn(
     weight: float,
     selection: Selection,
     stops: Stops,
-    text_start: int | None = None,
 ) -> Turn | None:
-    """Turn `number`, whose header ends at `text_start` where that is known; None where the template drops it."""
-    place = _place(chat, rendering, number)
+    """Turn `number`; None where the template drops it."""
+    place = _place(chat, rendering, number, stops)
     if place is None:
         return None
     text, start, end = rendering.text, place.start, place.end
     runs = rendering.runs[place.first : place.last + 1]
-    if text_start is None:
-        text_start = start if place.is_bare else start + _header(chat, text, number, place, runs, stops)
+    header = _Header(0, place.is_asked) if place.is_bare else _header(chat, text, number, place, runs, stops)
+    text_start = start + header.length
+    notices = list(header.notices)
     closing = max([text_start, *(run.end for run in runs if _is_text_of(run, number))])
     stop = stops.find(text, closing, end) or _next_stop(rendering, place, stops)
-    notices: list[Notice] = []
     if stop is None:
         notices.append(_open_turn(text, number, closing, end, stops, selection))
     elif stop[1] > end:
@@ -245,7 +307,7 @@ def _assistant_turn(
             notices += _block_notices(number, text, inside, runs, text_start, end, stop)
             trained = _in_blocks(trained, stop)
         spans = _merged((run.start, run.end) for run in trained)
-    return Turn(number, start, text_start, end, spans, weight, stop, tuple(notices))
+    return Turn(number, start, text_start, end, spans, weight, stop, header.is_whole, tuple(notices))
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,24 +323,28 @@ class _Place:
     first: int
     last: int
     is_bare: bool = False
+    is_asked: bool = True
+    """Of a bare turn, whether it starts behind all of a generation prompt."""
 
 
-def _place(chat: Chat, rendering: Rendering, number: int) -> _Place | None:
+def _place(chat: Chat, rendering: Rendering, number: int, stops: Stops) -> _Place | None:
     """Where message `number` stands, without the template's white space behind it; None where it is not written.
 
     Raises RowError where it stands in several places, or where another message stands amid it.
     """
     text, runs = rendering.text, rendering.runs
+    is_bare = number not in rendering.placed
     own = [i for i in rendering.turns.get(number, ()) if not (_is_template(runs[i]) and _is_blank(text, runs[i]))]
     if not own:
         return _unmarked_place(chat, rendering, number)
     first, last = own[0], own[-1]
     for run in runs[first:last]:
-        if run.turn != number and not _is_blank(text, run):
+        may_be_own = is_bare and run.turn is None and _is_template(run)
+        if run.turn != number and not may_be_own and not _is_blank(text, run):
             other = "text of no message" if run.turn is None else f"messages[{run.turn}]"
             raise _unsure(number, f"the chat template writes it in several places, with {other} between them")
-    if not any(_is_template(runs[i]) for i in own):
-        return _bare_place(chat, rendering, number, first, last)
+    if is_bare:
+        return _bare_place(chat, rendering, number, first, last, stops)
     if first and runs[first - 1].turn == number:
         first -= 1  # white space that may be the header's
     end = runs[last].end
@@ -287,20 +353,34 @@ def _place(chat: Chat, rendering: Rendering, number: int) -> _Place | None:
     return _Place(runs[first].start, end, first, last)
 
 
-def _bare_place(chat: Chat, rendering: Rendering, number: int, first: int, last: int) -> _Place:
-    """Where a turn stands whose text alone is known to be its own, in runs `first` to `last`."""
+def _bare_place(chat: Chat, rendering: Rendering, number: int, first: int, last: int, stops: Stops) -> _Place:
+    """Where a turn stands whose text alone is known to be its own, in runs `first` to `last`.
+
+    The words of no turn around it are the template's. It begins where inference would have it generated: behind what
+    the prompt for it and the text have in common, or behind the prompt that any turn gets at such a place.
+    """
     text, runs = rendering.text, rendering.runs
-    prompt = chat.prompt(number)
-    before = runs[first].start
-    if first and runs[first - 1].turn is None and _is_template(runs[first - 1]):
+    while first and runs[first - 1].turn is None and _is_template(runs[first - 1]):
         first -= 1
-    if not text.startswith(prompt) or not runs[first].start <= len(prompt) <= before:
-        raise _unsure(number, "the chat template writes it in no loop over the messages, and not behind its prompt")
-    end = runs[last].end
-    if last + 1 < len(runs) and runs[last + 1].turn is None and _is_template(runs[last + 1]):
+    words = next(run.start for run in runs[first:] if run.turn == number)
+    value = next((run.start for run in runs[first : last + 1] if _is_text_of(run, number)), words)
+    prompt = chat.prompt(number)
+    shared = common_prefix(text, prompt)
+    is_whole = shared == len(prompt)
+    if not is_whole:
+        marks = [match.end() for match in stops.landmarks.finditer(text, runs[first].start, shared)]
+        shared = max(0, *marks[-1:], value if value <= shared else 0)
+    if shared <= runs[first].start:
+        asked = chat.asked()
+        if not asked or not text.endswith(asked, runs[first].start, value):
+            raise _unsure(number, "the chat template writes it in no loop over the messages, and not behind its prompt")
+        shared, is_whole = value, True
+    while last + 1 < len(runs) and runs[last + 1].turn is None and _is_template(runs[last + 1]):
         last += 1
-        end += len(text[end : runs[last].end].rstrip())
-    return _Place(len(prompt), end, first, last, is_bare=True)
+    end = runs[last].end
+    if _is_template(runs[last]):
+        end = runs[last].start + len(text[runs[last].start : end].rstrip())
+    return _Place(shared, max(end, shared), first, last, is_bare=True, is_asked=is_whole)
 
 
 def _unmarked_place(chat: Chat, rendering: Rendering, number: int) -> _Place | None:
@@ -313,7 +393,7 @@ def _unmarked_place(chat: Chat, rendering: Rendering, number: int) -> _Place | N
             raise _unsure(number, "the chat template makes its text anew, of several texts at once")
         return None
     prompt = chat.prompt(number)
-    if not prompt or not text.startswith(prompt) or len(prompt) == len(text):
+    if number in rendering.placed or not prompt or not text.startswith(prompt) or len(prompt) == len(text):
         return None
     at = _run_at(rendering, 0, len(prompt))
     run = rendering.runs[at]
@@ -328,25 +408,44 @@ def _run_at(rendering: Rendering, first: int, position: int) -> int:
     return next(i for i in range(first, len(rendering.runs)) if rendering.runs[i].end > position)
 
 
-def _header(chat: Chat, text: str, number: int, place: _Place, runs: Sequence[Run], stops: Stops) -> int:
+class _Header(NamedTuple):
+    length: int
+    is_whole: bool
+    """Whether it is all of the generation prompt."""
+    notices: tuple[Notice, ...] = ()
+
+
+def _header(chat: Chat, text: str, number: int, place: _Place, runs: Sequence[Run], stops: Stops) -> _Header:
     """Characters at the start of a turn that the generation prompt would write: their longest common prefix.
 
     Where that ends within the prompt, it counts up to the last token of its own, line end or end of the template's own
     words: what follows may be the assistant's words that begin as the prompt goes on (`<th` of <think> and <that>).
     """
     start = place.start
-    prompt = chat.prompt_behind(number, text[:start])
-    turn = text[start : place.end]
+    turn, prompt = text[start : place.end], chat.prompt_behind(number, text[:start])
     header = common_prefix(turn, prompt)
-    if header < len(prompt):
-        own = next((run.start for run in runs if _is_text_of(run, number)), place.end) - start
-        ends = [match.end() for match in stops.landmarks.finditer(turn, 0, header)]
-        header = max(0, *ends[-1:], own if own <= header else 0)
-    if prompt and not header:
+    if header == len(prompt):
+        return _Header(header, True)
+    blank = len(turn) - len(turn.lstrip())
+    if not header or header <= blank:
+        # The one may begin with a line end that the other lacks.
+        prompt = prompt.lstrip()
+        header = common_prefix(turn[blank:], prompt)
+        if header:
+            header += blank
+        if header == blank + len(prompt):
+            return _Header(header, True)
+    own = next((run.start for run in runs if _is_text_of(run, number)), place.end) - start
+    ends = [match.end() for match in stops.landmarks.finditer(turn, 0, header)]
+    header = max(0, *ends[-1:], own if own <= header else 0)
+    if header:
+        return _Header(header, False)
+    if prompt.split()[0] in turn[:own]:
         raise _unsure(
             number, f"the chat template begins the turn with {turn[:20]!r}, and asks for one with {prompt[:20]!r}"
         )
-    return header
+    what = f"messages[{number}]: the chat template begins the turn with {turn[:20]!r}, and inference asks for one with "
+    return _Header(0, False, (Notice("no_header", f"{what}{prompt[:20]!r}; all of the turn is trained"),))
 
 
 def _next_stop(rendering: Rendering, place: _Place, stops: Stops) -> tuple[int, int] | None:
@@ -459,7 +558,7 @@ def _block_notices(
             )
 
 
-def _merged(spans: Iterator[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+def _merged(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     found: list[tuple[int, int]] = []
     for start, end in spans:
         if start >= end:
