@@ -182,8 +182,8 @@ def test_a_turn_of_its_own_has_the_prompt_of_inference(shared: Path, name: str, 
         try:
             encoded = pair.ours.encode(row)
         except RowError as error:
-            # A template may ask for a turn with an empty think block, and write one with a full one.
-            assert "inference asks for the turn with" in str(error)  # noqa: PT017 (the other way is right too)
+            # A template may ask for a turn with an empty think block and write one with a full one, or write none.
+            assert any(words in str(error) for words in ("inference asks for the turn with", "does not write it"))  # noqa: PT017
             assert not written.startswith(asked)
             continue
         first = int(np.flatnonzero(encoded.loss_weights)[0])
