@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import operator
+import re
 import string
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -129,10 +130,10 @@ class Traced(str):
         return self * count
 
     def __mod__(self, values: Any) -> Any:
-        return derived(str.__mod__(self, values), self, values)
+        return percent(self, values)
 
     def __rmod__(self, other: Any) -> Any:
-        return derived(str.__mod__(other, self), other, self) if isinstance(other, str) else NotImplemented
+        return percent(other, self) if isinstance(other, str) else NotImplemented
 
     def __getitem__(self, key: Any) -> str:
         if isinstance(key, slice):
@@ -196,8 +197,11 @@ class Traced(str):
         if old not in self:
             return self
         pieces = self.split(old, count)
-        between: list[str] = [new] * (2 * len(pieces) - 1)
-        between[::2] = pieces
+        between = [pieces[0]]
+        place = len(pieces[0])
+        for piece in pieces[1:]:
+            between += [_in_place_of(_cut(self, place, place + len(old)), new), piece]
+            place += len(old) + len(piece)
         return joined(between)
 
     def join(self, texts: Iterable[str], /) -> str:
@@ -250,7 +254,7 @@ class Traced(str):
 class TracedMarkup(Markup):
     """What `|safe` and `|escape` make of text: Jinja's Markup, which escapes what is added to it, with origins.
 
-    Whatever Markup's own methods make of it is LOST.
+    Whatever else Markup's own methods make of it is LOST.
     """
 
     __slots__ = ("_runs",)
@@ -263,6 +267,27 @@ class TracedMarkup(Markup):
 
     def __str__(self) -> str:
         return _make(str.__str__(self), self._runs)
+
+    def __add__(self, other: Any) -> Any:
+        whole = super().__add__(other)
+        if isinstance(whole, TracedMarkup):
+            whole._runs = (*_settled(self._runs), *_settled(_runs_of(other, len(whole) - len(self))))
+        return whole
+
+    def __radd__(self, other: Any) -> Any:
+        whole = super().__radd__(other)
+        if isinstance(whole, TracedMarkup):
+            whole._runs = (*_settled(_runs_of(other, len(whole) - len(self))), *_settled(self._runs))
+        return whole
+
+
+def _runs_of(text: Any, length: int) -> tuple[Run, ...]:
+    """The runs of `text`, which escaping may have made `length` characters."""
+    known = as_text(text)
+    if isinstance(known, Traced) and len(known) == length:
+        return known._runs
+    kept = derived("x" * length, known)
+    return kept._runs if isinstance(kept, Traced) else ((length, None, HERE.now),)
 
 
 class _TracedInt(int):
@@ -393,6 +418,9 @@ def joined(pieces: Iterable[Any]) -> str:
 
 def as_text(value: Any) -> str:
     """`str(value)` with origins."""
+    kind = type(value)
+    if kind is Traced or kind is str or kind is Pass:
+        return value
     text = str(value)
     if isinstance(value, Markup | bytes) and type(text) is str:
         return _make(text, ((len(text), LOST, OUTSIDE),))
@@ -465,6 +493,43 @@ def to_json(value: Any, containers: Mapping[int, Origin], **options: Any) -> str
     return _make(text, ((len(text), author, OUTSIDE),))
 
 
+def _in_place_of(old: str, new: str) -> str:
+    """`new` where `old` stood: its own author's, or by the author of what it replaces, if only one of them has any."""
+    of_old, of_new = set[Author](), set[Author]()
+    _collect(old, of_old, None)
+    _collect(new, of_new, None)
+    if of_old <= {None}:
+        return new
+    return derived(str.__str__(new), old, *([new] if of_new - {None} else []))
+
+
+_CONVERSION = re.compile(r"%(?:\((?P<name>[^)]*)\))?(?P<form>[#0\- +]*[\d*]*(?:\.[\d*]*)?[hlL]?)(?P<kind>.)", re.DOTALL)
+
+
+def percent(form: str, values: Any) -> str:
+    """`form % values` with origins; a field with a width or another kind than %s has the author of its value."""
+    whole = str.__mod__(form, values)
+    remaining = list(values) if isinstance(values, tuple) else [values]
+    pieces: list[Any] = []
+    place = 0
+    for match in _CONVERSION.finditer(form):
+        pieces.append(form[place : match.start()])
+        place = match.end()
+        if match["kind"] == "%":
+            pieces.append("%")
+            continue
+        if "*" in match["form"]:
+            return derived(whole, form, values)
+        named: Any = values
+        value = named[match["name"]] if match["name"] is not None else remaining.pop(0)
+        if match["kind"] == "s" and not match["form"]:
+            pieces.append(as_text(value))
+        else:
+            pieces.append(derived(f"%{match['form']}{match['kind']}" % (value,), value))
+    text = joined_if_traced([*pieces, form[place:]])
+    return text if text == whole else derived(whole, form, values)
+
+
 def formatted(formatter: string.Formatter, form: str, values: Sequence[Any], named: Mapping[str, Any]) -> str:
     """`str.format` with origins; a field with a conversion or a specification has the author of its value."""
     pieces: list[Any] = []
@@ -498,11 +563,13 @@ def _following(function: Callable[..., Wrapped]) -> Callable[..., Wrapped]:
     return follow
 
 
-def _marked_up(function: Callable[[Any], Markup]) -> Callable[[Any], Markup]:
+def _marked_up(function: Callable[[Any], Markup]) -> Callable[[Any], Any]:
     """A filter that makes Markup, which keeps the origins of text that it leaves as it is."""
 
     @functools.wraps(function)
-    def mark_up(value: Any) -> Markup:
+    def mark_up(value: Any) -> Any:
+        if type(value) is Pass:
+            return value
         text, result = as_text(value), function(value)
         if isinstance(value, TracedMarkup):
             return value
@@ -534,9 +601,15 @@ def _indent(text: str, width: int | str = 4, first: bool = False, blank: bool = 
     return joined_if_traced(pieces)
 
 
+def _format(value: str, *arguments: Any, **named: Any) -> str:
+    if arguments and named:
+        return FILTERS["format"](value, *arguments, **named)  # raises what Jinja raises
+    return percent(value, named or arguments)
+
+
 _JINJA_JOIN = FILTERS["join"]
 _FOLLOWED = (
-    "capitalize", "center", "filesizeformat", "format", "pprint", "replace", "striptags",
+    "capitalize", "center", "filesizeformat", "pprint", "replace", "striptags",
     "title", "truncate", "urlencode", "urlize", "wordwrap", "xmlattr",
 )  # fmt: skip
 
@@ -544,6 +617,7 @@ TRACED_FILTERS: Mapping[str, Callable[..., Any]] = {
     **{name: _following(FILTERS[name]) for name in _FOLLOWED},
     **{name: _marked_up(FILTERS[name]) for name in ("e", "escape", "forceescape", "safe")},
     "string": as_text,
+    "format": _format,
     "join": functools.wraps(_JINJA_JOIN)(_join),
     "indent": _indent,
 }

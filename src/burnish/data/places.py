@@ -84,12 +84,13 @@ class ChatPlaces:
     def origins(self, turns: Sequence[Turn]) -> list[TokenOrigin]:
         """Of each token, that of its first character which the template did not write; else the template."""
         runs = self.rendering.runs
-        stops = [turn.stop for turn in turns if turn.stop is not None]
+        stops = [(turn.stop, turn.message) for turn in turns if turn.stop is not None]
         first_run = np.searchsorted([run.end for run in runs], self.offsets[:, 0], "right").tolist()
         found = []
         for (start, end), first in zip(self.offsets.tolist(), first_run, strict=True):
-            if any(stop[0] <= start < stop[1] for stop in stops):
-                found.append(("template:end", runs[first].turn))
+            ended = next((message for stop, message in stops if stop[0] <= start < stop[1]), None)
+            if ended is not None:
+                found.append(("template:end", ended))
                 continue
             held = first
             while runs[held].end < end and self._name(held) == "template":

@@ -29,11 +29,12 @@ from burnish.data.origin import (
     TRACED_FILTERS,
     Pass,
     Traced,
-    derived,
+    as_text,
     enter,
     formatted,
     joined,
     joined_if_traced,
+    percent,
     to_json,
 )
 from burnish.types import Origin
@@ -51,8 +52,10 @@ def compile_traced(source: str, day: date) -> jinja2.Template:
     _add_marks(tree)
     tree.set_environment(environment)
     template = environment.from_string(tree)
-    # What the compiled template joins the operands of `~` with.
-    template.root_render_func.__globals__["str_join"] = joined_if_traced
+    # What the compiled template calls to join the operands of `~`, to print, and to escape.
+    template.root_render_func.__globals__.update(
+        str_join=joined_if_traced, str=as_text, escape=TRACED_FILTERS["escape"], Markup=TRACED_FILTERS["safe"]
+    )
     return template
 
 
@@ -179,13 +182,17 @@ def _to_json(
 # --- tracing ---
 
 
+RECURSIVE = "recursive"
+"""Stands first among what a recursive loop binds: a pass within a pass of it is about another message."""
+
+
 @pass_context
 def _begin_pass(context: Context, bound: Sequence[Any]) -> Pass:
     """Enter a pass of a loop that bound these values; a list with an index stands for that item of it."""
     tracing: Tracing = context.parent[TRACING]
     outer = HERE.now
-    if outer.is_named:  # a loop within a message's turn writes that turn, whatever it goes over
-        return enter(outer.message, outer, True)
+    if outer.is_named and bound[0] != RECURSIVE:
+        return enter(outer.message, outer, True)  # a loop within a message's turn writes that turn
     for thing in bound:
         if type(thing) is tuple and len(thing) == 2 and type(thing[0]) is list and isinstance(thing[1], int):
             items, index = thing
@@ -251,8 +258,7 @@ class _TracedEnvironment(_Environment):
         return result
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        result = super().call_binop(context, operator, left, right)
-        return derived(result, left, right) if type(result) is str else result
+        return percent(left, right) if isinstance(left, str) else super().call_binop(context, operator, left, right)
 
     def wrap_str_format(self, value: Any) -> Any:
         if super().wrap_str_format(value) is None:
@@ -288,7 +294,7 @@ _WRITING = (nodes.Output, nodes.AssignBlock, nodes.CallBlock, nodes.FilterBlock,
 def _add_marks(tree: nodes.Template) -> None:
     """Put a mark at both ends of every `for` body of `tree`, with what the loop binds."""
     for loop in list(tree.find_all(nodes.For)):
-        if not any(True for statement in loop.body for _ in statement.find_all(_WRITING)):
+        if not any(isinstance(node, _WRITING) or any(node.find_all(_WRITING)) for node in loop.body):
             continue
         targets = [loop.target] if isinstance(loop.target, nodes.Name) else list(loop.target.find_all(nodes.Name))
         names = {target.name for target in targets}
@@ -300,6 +306,8 @@ def _add_marks(tree: nodes.Template) -> None:
             if isinstance(item.node, nodes.Name) and _is_index(item.arg, names)
         }
         bound += [nodes.Tuple([nodes.Name(name, "load"), index], "load") for name, index in indexed.items()]
+        if loop.recursive:
+            bound.insert(0, nodes.Const(RECURSIVE))
         begin = _filtered("burnish_begin", nodes.Tuple(bound, "load"))
         loop.body = [begin, *_ending_marked(loop.body), _filtered("burnish_end", nodes.Const(None))]
         for node in loop.body:

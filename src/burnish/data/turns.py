@@ -119,16 +119,35 @@ class Chat:
         """The whole prompt that asks the model for message `number`."""
         return self.template.prompt(self.conversation, number, self.kwargs)
 
-    def prompt_behind(self, number: int, before: str) -> str:
-        """What of that prompt stands behind the history `before`."""
-        return self.template.generation_prompt(self.conversation, number, self.kwargs, before)
-
-    def asked(self) -> str | None:
-        """What asking for a turn adds behind the last message that is no assistant's; None where that is not sure."""
-        messages = self.conversation.messages
-        number = max((n for n, message in enumerate(messages, 1) if message.role != "assistant"), default=0)
+    def prompt_or_none(self, number: int) -> str | None:
+        """That prompt, None where the template refuses it."""
         try:
-            return self.template.generation_prompt(self.conversation, number, self.kwargs, "\0")
+            return self.prompt(number)
+        except RowError:
+            return None
+
+    def prompt_behind(self, number: int, rendering: Rendering, start: int) -> str:
+        """What of that prompt stands behind the history, which ends at `start`; where that is refused, `asked`."""
+        try:
+            return self.template.generation_prompt(self.conversation, number, self.kwargs, rendering.text[:start])
+        except RowError:
+            asked = self.asked(rendering)
+            if asked is None:
+                raise
+            return asked
+
+    def asked(self, rendering: Rendering) -> str | None:
+        """What asking for a turn adds behind a message that is no assistant's; None where that is not sure."""
+        messages = self.conversation.messages
+        behind = [n for n, message in enumerate(messages, 1) if message.role != "assistant"]
+        answered = (n for n in behind if n in rendering.placed and n in rendering.turns)
+        number = next(answered, behind[-1] if behind else None)
+        if number is None:
+            return None
+        is_known = number in rendering.placed and number in rendering.turns
+        before = rendering.text[: rendering.runs[rendering.turns[number][0]].start] if is_known else "\0"
+        try:
+            return self.template.generation_prompt(self.conversation, number, self.kwargs, before)
         except RowError:
             return None
 
@@ -287,7 +306,7 @@ def _assistant_turn(
         return None
     text, start, end = rendering.text, place.start, place.end
     runs = rendering.runs[place.first : place.last + 1]
-    header = _Header(0, place.is_asked) if place.is_bare else _header(chat, text, number, place, runs, stops)
+    header = place.header or _header(chat, rendering, number, place, runs, stops)
     text_start = start + header.length
     notices = list(header.notices)
     closing = max([text_start, *(run.end for run in runs if _is_text_of(run, number))])
@@ -310,21 +329,25 @@ def _assistant_turn(
     return Turn(number, start, text_start, end, spans, weight, stop, header.is_whole, tuple(notices))
 
 
+class _Header(NamedTuple):
+    length: int
+    is_whole: bool
+    """Whether it is all of the generation prompt."""
+    notices: tuple[Notice, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where a turn stands: characters [start, end) in runs `first` to `last`, both inclusive.
 
-    `is_bare` is a turn of which the template says no more than the text, as outside any loop; it starts behind its
-    prompt.
+    `header` is known of a turn of which the template says no more than the text, as outside any loop.
     """
 
     start: int
     end: int
     first: int
     last: int
-    is_bare: bool = False
-    is_asked: bool = True
-    """Of a bare turn, whether it starts behind all of a generation prompt."""
+    header: _Header | None = None
 
 
 def _place(chat: Chat, rendering: Rendering, number: int, stops: Stops) -> _Place | None:
@@ -364,14 +387,14 @@ def _bare_place(chat: Chat, rendering: Rendering, number: int, first: int, last:
         first -= 1
     words = next(run.start for run in runs[first:] if run.turn == number)
     value = next((run.start for run in runs[first : last + 1] if _is_text_of(run, number)), words)
-    prompt = chat.prompt(number)
+    prompt = chat.prompt_or_none(number) or ""
     shared = common_prefix(text, prompt)
     is_whole = shared == len(prompt)
     if not is_whole:
         marks = [match.end() for match in stops.landmarks.finditer(text, runs[first].start, shared)]
         shared = max(0, *marks[-1:], value if value <= shared else 0)
     if shared <= runs[first].start:
-        asked = chat.asked()
+        asked = chat.asked(rendering)
         if not asked or not text.endswith(asked, runs[first].start, value):
             raise _unsure(number, "the chat template writes it in no loop over the messages, and not behind its prompt")
         shared, is_whole = value, True
@@ -380,7 +403,8 @@ def _bare_place(chat: Chat, rendering: Rendering, number: int, first: int, last:
     end = runs[last].end
     if _is_template(runs[last]):
         end = runs[last].start + len(text[runs[last].start : end].rstrip())
-    return _Place(shared, max(end, shared), first, last, is_bare=True, is_asked=is_whole)
+    start = runs[first].start
+    return _Place(start, max(end, shared), first, last, _Header(shared - start, is_whole))
 
 
 def _unmarked_place(chat: Chat, rendering: Rendering, number: int) -> _Place | None:
@@ -392,7 +416,7 @@ def _unmarked_place(chat: Chat, rendering: Rendering, number: int) -> _Place | N
         if any(run.origin is None for run in rendering.runs) or any(part in text for part in words):
             raise _unsure(number, "the chat template makes its text anew, of several texts at once")
         return None
-    prompt = chat.prompt(number)
+    prompt = chat.prompt_or_none(number)
     if number in rendering.placed or not prompt or not text.startswith(prompt) or len(prompt) == len(text):
         return None
     at = _run_at(rendering, 0, len(prompt))
@@ -400,7 +424,7 @@ def _unmarked_place(chat: Chat, rendering: Rendering, number: int) -> _Place | N
     if run.turn is not None or not _is_template(run):
         return None
     end = len(prompt) + len(text[len(prompt) : run.end].rstrip())
-    return _Place(len(prompt), end, at, at, is_bare=True)
+    return _Place(run.start, end, at, at, _Header(len(prompt) - run.start, True))
 
 
 def _run_at(rendering: Rendering, first: int, position: int) -> int:
@@ -408,36 +432,28 @@ def _run_at(rendering: Rendering, first: int, position: int) -> int:
     return next(i for i in range(first, len(rendering.runs)) if rendering.runs[i].end > position)
 
 
-class _Header(NamedTuple):
-    length: int
-    is_whole: bool
-    """Whether it is all of the generation prompt."""
-    notices: tuple[Notice, ...] = ()
-
-
-def _header(chat: Chat, text: str, number: int, place: _Place, runs: Sequence[Run], stops: Stops) -> _Header:
+def _header(chat: Chat, rendering: Rendering, number: int, place: _Place, runs: Sequence[Run], stops: Stops) -> _Header:
     """Characters at the start of a turn that the generation prompt would write: their longest common prefix.
 
     Where that ends within the prompt, it counts up to the last token of its own, line end or end of the template's own
     words: what follows may be the assistant's words that begin as the prompt goes on (`<th` of <think> and <that>).
     """
     start = place.start
-    turn, prompt = text[start : place.end], chat.prompt_behind(number, text[:start])
+    turn, prompt = rendering.text[start : place.end], chat.prompt_behind(number, rendering, start)
     header = common_prefix(turn, prompt)
     if header == len(prompt):
         return _Header(header, True)
-    blank = len(turn) - len(turn.lstrip())
-    if not header or header <= blank:
-        # The one may begin with a line end that the other lacks.
-        prompt = prompt.lstrip()
-        header = common_prefix(turn[blank:], prompt)
-        if header:
-            header += blank
-        if header == blank + len(prompt):
-            return _Header(header, True)
     own = next((run.start for run in runs if _is_text_of(run, number)), place.end) - start
-    ends = [match.end() for match in stops.landmarks.finditer(turn, 0, header)]
-    header = max(0, *ends[-1:], own if own <= header else 0)
+    blank = len(turn) - len(turn.lstrip())
+    # Words that belong to no turn may stand before the header, and the one may begin with a line end the other lacks.
+    prompt = prompt.lstrip()
+    at = turn.rfind(prompt, 0, own)
+    if at >= 0:
+        return _Header(at + len(prompt), True)
+    if header <= blank:
+        header = blank + common_prefix(turn[blank:], prompt)
+    ends = [match.end() for match in stops.landmarks.finditer(turn, 0, header) if match.end() > blank]
+    header = max(0, *ends[-1:], own if blank < own <= header else 0)
     if header:
         return _Header(header, False)
     if prompt.split()[0] in turn[:own]:
@@ -544,6 +560,12 @@ def _block_notices(
     """Where the template's generation blocks and what the model would generate differ by more than white space."""
     last = end if stop is None else stop[0]
     left_out = [text[run.start : min(run.end, last)] for run in inside if not run.is_generated]
+    if stop is not None and not any(run.is_generated and run.end > stop[0] for run in inside):
+        shown = text[slice(*stop)]
+        yield Notice(
+            "generation_block",
+            f"messages[{number}]: the template's generation block leaves out the end {shown!r}; it is trained",
+        )
     beyond = [text[run.start : min(run.end, text_start)] for run in runs if run.is_generated]
     beyond += [text[max(run.start, end) : run.end] for run in runs if run.is_generated]
     for pieces, says in (

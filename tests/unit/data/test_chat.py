@@ -270,7 +270,7 @@ def test_words_that_begin_as_the_prompt_goes_on_are_the_turns_own(plain: PreTrai
         ("{% set x %}" + LOOP + "{% endset %}{{ x[:20] }}", "no trained token"),
         ("{% set x %}" + LOOP + "{% endset %}{{ x | title }}", "of several texts at once"),
         (LOOP + LOOP.replace(ASK, ""), r"in several places, with messages\[2\] between them"),
-        (LOOP.replace(ASK, "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"), "begins the turn with"),
+        (LOOP.replace(ASK, "{% if add_generation_prompt %}{{ '|im_start|> :' }}{% endif %}"), "begins the turn with"),
         (
             "{% for m in messages %}{% if m.role == 'assistant' %}"
             "{{ 'Q ' + messages[loop.index0 - 1].content + ' A ' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}",

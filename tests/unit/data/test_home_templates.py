@@ -222,9 +222,8 @@ TEMPLATES = {
     "truncate": content("m.content|truncate(1000)"),
     "twice the text": content("m.content * 2"),
     "forceescape": content("m.content|forceescape"),
-    "autoescape": "{% autoescape true %}"
-    + looped("<|im_start|>{{ m.role }}{{ '\\n' }}{{ m.content }}<|im_end|>{{ '\\n' }}")
-    + "{% endautoescape %}",
+    "autoescape": "{% autoescape true %}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}{{ '\\n' }}{{ m.content }}<|im_end|>{{ '\\n' }}{% endfor %}{% endautoescape %}" + ASK,
     # generation blocks
     "generation": looped(
         "{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
