@@ -225,6 +225,32 @@ class DataConfig(Section):
     """A function that writes prompts in place of a chat template: deepseek_v32, or the dotted path of your own."""
 
 
+    @model_validator(mode="after")
+    def _nothing_in_vain(self) -> DataConfig:
+        if self.renderer is not None and self.chat_template is not None:
+            raise ValueError(
+                f"data.renderer={self.renderer} and data.chat_template={self.chat_template} both write the prompts; "
+                "set one of them to null"
+            )
+        of_turns = {
+            name: getattr(self, name)
+            for name in ("turn_per_sample", "train_reasoning", "train_tool_calls", "open_turns")
+            if getattr(self, name) != type(self).model_fields[name].default
+        }
+        if self.train_on == "all" and of_turns:
+            name, value = next(iter(of_turns.items()))
+            raise ValueError(
+                f"data.{name}={str(value).lower()} is about the turns of assistants, and data.train_on=all trains "
+                f"whole texts; remove it, or set data.train_on to assistant"
+            )
+        if self.turn_per_sample and isinstance(self.train_on, Roles) and self.train_on.roles != ("assistant",):
+            raise ValueError(
+                f"data.turn_per_sample=true makes samples of assistants' turns, and data.train_on trains "
+                f"{', '.join(self.train_on.roles)}; set data.train_on to assistant, or data.turn_per_sample to false"
+            )
+        return self
+
+
 class BatchConfig(Section):
     samples: Positive | None = 128
     """Samples an optimizer step."""

@@ -43,6 +43,7 @@ MEANINGS = {
     "high_share": "rows train more than 95 % of their tokens",
     "open_turn": "rows have a turn that no end-of-turn token ends; data.open_turns=close ends a last one",
     "straddling": "rows have tokens that hold both trained and other characters",
+    "no_header": "rows have a turn that begins otherwise than inference asks for one; all of it is trained",
     "generation_block": "rows differ between the template's generation blocks and what the model would generate",
 }
 

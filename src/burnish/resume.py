@@ -48,6 +48,16 @@ FREE = (
 compared by content. Everything else alters results: data, order, model and optimizer."""
 
 
+LATER_KEYS = {
+    "data.train_reasoning": True,
+    "data.train_tool_calls": True,
+    "data.turn_per_sample": False,
+    "data.open_turns": "report",
+    "data.renderer": None,
+}
+"""Keys that checkpoints of earlier versions lack, and what those versions did."""
+
+
 def altering_keys(recipe: Recipe) -> dict[str, Any]:
     """The keys of a recipe that alter results, flat, with their values."""
     flat = dict(_flatten(json.loads(recipe.model_dump_json()), ""))
@@ -72,6 +82,8 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any], allow_
 
     Raises RecipeError that shows them where there are any and `allow_changes` is not set. `place` is the checkpoint's.
     """
+    later = {key: value for key, value in LATER_KEYS.items() if key in current.get("recipe", {})}
+    saved = {**saved, "recipe": {**later, **saved.get("recipe", {})}}
     differences = [
         f"{key if group == 'recipe' else f'{group}: {key}'}: {_shown(before.get(key))} -> {_shown(now.get(key))}"
         for group in current

@@ -4,7 +4,7 @@ import pytest
 
 from burnish.config import Recipe, RecipeError
 from burnish.recipe import fields, recipe_from_dict
-from burnish.resume import FREE, altering_keys, check_resumable
+from burnish.resume import FREE, LATER_KEYS, altering_keys, check_resumable
 
 
 def make_recipe(*overrides: str) -> Recipe:
@@ -33,6 +33,16 @@ def test_what_alters_results_is_refused_with_the_difference(override: str) -> No
 def test_layout_cadence_trackers_and_paths_may_change(override: str) -> None:
     before, now = altering_keys(make_recipe()), altering_keys(make_recipe(override))
     assert check_resumable({"recipe": before}, {"recipe": now}, False, "runs/a") == []
+
+
+def test_keys_that_an_older_checkpoint_lacks_count_as_what_it_did() -> None:
+    now = altering_keys(make_recipe())
+    older = {key: value for key, value in now.items() if key not in LATER_KEYS}
+    assert check_resumable({"recipe": older}, {"recipe": now}, False, "runs/a") == []
+    changed = altering_keys(make_recipe("data.train_reasoning=false"))
+    with pytest.raises(RecipeError, match=r"data.train_reasoning: true -> false"):
+        check_resumable({"recipe": older}, {"recipe": changed}, False, "runs/a")
+    assert set(now) >= set(LATER_KEYS)
 
 
 def test_contents_are_compared_beside_the_recipe() -> None:

@@ -225,7 +225,7 @@ class TextTokenizer:
         rendering = chat.trace()
         if selection.train_on == "all":
             turns = weighted_turns(rendering, row.messages)
-            return _Draft(_encodable(rendering.text), None, row.messages, rendering, turns, default=1.0)
+            return _Draft(_encodable(rendering.text), None, row.messages, rendering, stops, turns, default=1.0)
         turns = trained_turns(chat, rendering, selection, stops)
         return self._chat_draft(chat, rendering, turns, selection, stops)
 
@@ -240,7 +240,8 @@ class TextTokenizer:
     ) -> _Draft:
         if selection.open_turns == "close":
             rendering, turns = closed_last(chat, rendering, turns, stops, self.special_tokens.get("eos_token"))
-        return _Draft(_encodable(rendering.text), None, chat.conversation.messages, rendering, turns, prompt=prompt)
+        messages = chat.conversation.messages
+        return _Draft(_encodable(rendering.text), None, messages, rendering, stops, turns, prompt=prompt)
 
     def _encode_texts(self, drafts: Sequence[_Draft]) -> list[Encoding]:
         """The tokens of each text. Those of a prompt are what they are without the turn behind it, as in inference."""
@@ -259,9 +260,9 @@ class TextTokenizer:
         )
 
     def _weigh_chat(self, draft: _Draft, encoding: Encoding) -> Encoded:
-        assert draft.rendering is not None
+        assert draft.rendering is not None and draft.stops is not None, "a chat has both"
         tokens = np.array(encoding.ids, np.int32)
-        places = ChatPlaces(encoding, draft.rendering, draft.messages, len(tokens), self._in_order)
+        places = ChatPlaces(encoding, draft.rendering, draft.messages, len(tokens), self._in_order, draft.stops)
         loss_weights = np.full(len(tokens), draft.default, np.float32)
         notices: list[Notice] = []
         straddling = 0
@@ -389,6 +390,7 @@ class _Draft:
     """Raw text: where the completion starts. The fields below are those of a chat."""
     messages: tuple[Message, ...] = ()
     rendering: Rendering | None = None
+    stops: Stops | None = None
     turns: Sequence[Turn] = ()
     default: float = 0.0
     """The weight of what is in no turn."""

@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Encoding
 
 from burnish.data.template import Rendering
-from burnish.data.turns import Turn
+from burnish.data.turns import Stops, Turn, untrained_stops
 from burnish.types import Message, RowError
 
 _ROLES = {"developer": "system"}
@@ -49,6 +49,7 @@ class ChatPlaces:
     messages: Sequence[Message]
     num_tokens: int
     in_order: bool
+    stops: Stops
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -85,6 +86,7 @@ class ChatPlaces:
         """Of each token, that of its first character which the template did not write; else the template."""
         runs = self.rendering.runs
         stops = [(turn.stop, turn.message) for turn in turns if turn.stop is not None]
+        stops += untrained_stops(self.rendering, self.messages, turns, self.stops)
         first_run = np.searchsorted([run.end for run in runs], self.offsets[:, 0], "right").tolist()
         found = []
         for (start, end), first in zip(self.offsets.tolist(), first_run, strict=True):

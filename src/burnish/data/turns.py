@@ -199,12 +199,27 @@ def weighted_turns(rendering: Rendering, messages: Sequence[Message]) -> list[Tu
     """The turns, headers included, of the messages that have a weight of their own, where all else is trained."""
     turns = []
     for number, message in enumerate(messages):
-        if message.weight is not None:
-            for run in rendering.runs:
-                if run.turn == number:
-                    spans = ((run.start, run.end),)
-                    turns.append(Turn(number, run.start, run.start, run.end, spans, message.weight))
+        spans = _merged((rendering.runs[i].start, rendering.runs[i].end) for i in rendering.turns.get(number, ()))
+        if message.weight is not None and spans:
+            turns.append(Turn(number, spans[0][0], spans[0][0], spans[-1][1], spans, message.weight))
     return turns
+
+
+def untrained_stops(
+    rendering: Rendering, messages: Sequence[Message], turns: Sequence[Turn], stops: Stops
+) -> list[tuple[tuple[int, int], int]]:
+    """The end-of-turn tokens, characters, of the assistants' turns that are not among `turns`, each with its message."""
+    known = {turn.message for turn in turns}
+    found = []
+    for number, message in enumerate(messages):
+        own = [rendering.runs[i] for i in rendering.turns.get(number, ())]
+        if message.role != "assistant" or number in known or not own:
+            continue
+        closing = max([own[0].start, *(run.end for run in own if _is_text_of(run, number))])
+        stop = stops.find(rendering.text, closing, own[-1].end)
+        if stop is not None:
+            found.append((stop, number))
+    return found
 
 
 def single_turn(chat: Chat, number: int, weight: float, selection: Selection, stops: Stops) -> tuple[Rendering, Turn]:
