@@ -44,7 +44,7 @@ def fault(*overrides: str, tree: dict[str, Any] | None = None) -> str:
         ("data.train_on={roles: user}", "roles must be a list of names, such as {roles: [user, assistant]}"),
         ("data={train: a, train_on: all, train_reasoning: false}", "data.train_reasoning=false is about the turns of"),
         ("data={train: a, train_on: all, open_turns: close}", "data.open_turns=close is about the turns of"),
-        ("data={train: a, train_on: {roles: [user]}, turn_per_sample: true}", "data.turn_per_sample=true makes samples"),
+        ("data={train: a, train_on: {roles: [user]}, turn_per_sample: true}", "data.turn_per_sample=true makes"),
         ("data={train: a, renderer: deepseek_v32, chat_template: x}", "both write the prompts"),
         ("data.workers=-1", "data.workers=-1: must be greater than or equal to 0 or must be 'auto'"),
         ("precision.compute=fp8", "did you mean fp"),

@@ -260,7 +260,8 @@ class TextTokenizer:
         )
 
     def _weigh_chat(self, draft: _Draft, encoding: Encoding) -> Encoded:
-        assert draft.rendering is not None and draft.stops is not None, "a chat has both"
+        assert draft.rendering is not None
+        assert draft.stops is not None
         tokens = np.array(encoding.ids, np.int32)
         places = ChatPlaces(encoding, draft.rendering, draft.messages, len(tokens), self._in_order, draft.stops)
         loss_weights = np.full(len(tokens), draft.default, np.float32)

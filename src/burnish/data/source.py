@@ -133,7 +133,8 @@ class RowSource:
         counts = self.counts.setdefault(prepared.source, Counter())
         for what in counted(prepared, following.before.offset):
             if what not in counts and what not in ORDINARY:
-                LOG.info("%s: row %d is the first counted as %s", prepared.source, prepared.index, what.replace("_", "-"))
+                kind = what.replace("_", "-")
+                LOG.info("%s: row %d is the first counted as %s", prepared.source, prepared.index, kind)
             counts[what] += 1
 
     def _dropped_next(self, epoch: int) -> _Next | None:

@@ -208,7 +208,7 @@ def weighted_turns(rendering: Rendering, messages: Sequence[Message]) -> list[Tu
 def untrained_stops(
     rendering: Rendering, messages: Sequence[Message], turns: Sequence[Turn], stops: Stops
 ) -> list[tuple[tuple[int, int], int]]:
-    """The end-of-turn tokens, characters, of the assistants' turns that are not among `turns`, each with its message."""
+    """The end-of-turn tokens, characters, of assistants' turns that are not among `turns`, each with its message."""
     known = {turn.message for turn in turns}
     found = []
     for number, message in enumerate(messages):
