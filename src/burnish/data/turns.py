@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 from burnish.config import LastTurns, Roles, TrainOn
@@ -85,11 +86,19 @@ class Stops:
         texts = sorted(self.declared | self.written, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
 
-    def find(self, text: str, start: int, end: int) -> tuple[int, int] | None:
-        """The first declared stop in characters [start, end), else the last written one."""
+    def find(self, text: str, start: int, end: int, header: str = "", is_sure: bool = True) -> tuple[int, int] | None:
+        """The first declared stop in characters [start, end), else the last written one.
+
+        What stands in the turn's `header` begins a turn and ends none. Where it is not sure that all of the characters
+        are the turn's, it is the last of the first written ones that stand side by side.
+        """
         found = [match.span() for match in self._pattern.finditer(text, start, end)]
-        declared = (span for span in found if text[slice(*span)] in self.declared)
-        return next(declared, found[-1] if found else None)
+        declared = next((span for span in found if text[slice(*span)] in self.declared), None)
+        if declared is not None:
+            return declared
+        written = [span for span in found if text[slice(*span)] not in header]
+        apart = (i for i, (one, other) in enumerate(pairwise(written)) if one[1] != other[0])
+        return written[-1 if is_sure else next(apart, -1)] if written else None
 
     def declared_at(self, text: str, start: int) -> tuple[int, int] | None:
         """The declared stop that begins at `start`."""
@@ -325,8 +334,10 @@ def _assistant_turn(
     text_start = start + header.length
     notices = list(header.notices)
     closing = max([text_start, *(run.end for run in runs if _is_text_of(run, number))])
-    stop = stops.find(text, closing, end) or _next_stop(rendering, place, stops)
+    is_sure = place.header is None
+    stop = stops.find(text, closing, end, text[start:text_start], is_sure) or _next_stop(rendering, place, stops)
     if stop is None:
+        end = end if is_sure else closing
         notices.append(_open_turn(text, number, closing, end, stops, selection))
     elif stop[1] > end:
         runs = (*runs, _clipped(rendering.runs[_run_at(rendering, place.last, stop[0])], end, stop[1]))
