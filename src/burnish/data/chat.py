@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from burnish.data.places import ChatPlaces, Places, Span, TextPlaces, spans_of
-from burnish.data.renderer import FunctionTemplate, load_renderer
+from burnish.data.renderer import FunctionTemplate, load_renderer, renderer_digest
 from burnish.data.template import ChatTemplate, Rendering, Template, common_prefix
 from burnish.data.turns import (
     ASSISTANT_TURNS,
@@ -159,6 +159,8 @@ class TextTokenizer:
         state = self.__getstate__() | {"stop_tokens": sorted(map(str, self.stop_tokens))}
         if "strftime_now" not in str(self.chat_template):
             del state["date"]
+        if self.renderer is not None:
+            state["renderer_code"] = renderer_digest(self.renderer)
         return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()
 
     @cached_property

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from burnish.data.template import Rendering, Run, Template, message_dict
 from burnish.types import Conversation, Origin, Renderer, UserError
+
+
+def renderer_digest(name: str) -> str:
+    """SHA-256 of the file that holds the function, so that rows prepared by another version of it are not taken."""
+    file = inspect.getsourcefile(load_renderer(name))
+    return hashlib.sha256(b"" if file is None else Path(file).read_bytes()).hexdigest()
 
 
 class FunctionTemplate(Template):
