@@ -42,7 +42,7 @@ from burnish.types import Origin
 
 def compile_plain(source: str, day: date) -> jinja2.Template:
     """The template as transformers compiles it; `strftime_now` gives `day`. Raises TemplateSyntaxError."""
-    return _Environment(day).from_string(source)
+    return _with_flat_globals(_Environment(day).from_string(source))
 
 
 def compile_traced(source: str, day: date) -> jinja2.Template:
@@ -56,6 +56,12 @@ def compile_traced(source: str, day: date) -> jinja2.Template:
     template.root_render_func.__globals__.update(
         str_join=joined_if_traced, str=as_text, escape=TRACED_FILTERS["escape"], Markup=TRACED_FILTERS["safe"]
     )
+    return _with_flat_globals(template)
+
+
+def _with_flat_globals(template: jinja2.Template) -> jinja2.Template:
+    """Jinja keeps them as a ChainMap, of which every rendering makes a dict, item by item."""
+    template.globals = dict(template.globals)
     return template
 
 
@@ -154,6 +160,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
 
+_METHODS = (BuiltinMethodType, MethodType)
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _PLAIN_KINDS = frozenset({str, Traced, bool, int, list, dict})
 _STR_METHODS = frozenset(name for name in dir(str) if name[0] != "_") - {"format", "format_map"}
@@ -246,7 +253,7 @@ class _TracedEnvironment(_Environment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         # Methods of text are safe, and most of what templates call; they see no variables of Jinja's.
-        if isinstance(__obj, BuiltinMethodType | MethodType) and isinstance(__obj.__self__, str):
+        if isinstance(__obj, _METHODS) and isinstance(__obj.__self__, str):
             kwargs.pop("_loop_vars", None)
             kwargs.pop("_block_vars", None)
             if type(__obj.__self__) is not str:
