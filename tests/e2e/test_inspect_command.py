@@ -39,7 +39,7 @@ def python(code: str, *arguments: object, cwd: Path) -> subprocess.CompletedProc
         {"train_on": {"last_n": 1}, "max_length": 40, "over_long": "truncate", "truncate_side": "left"},
         {"max_length": 45, "over_long": "drop", "train_on": {"roles": ["user", "assistant"]}},
         {"turn_per_sample": True, "max_length": 30, "over_long": "truncate", "truncate_side": "turns"},
-        {"train_on": "all", "train_reasoning": False},
+        {"train_reasoning": False},
     ],
 )
 def test_a_recipes_rows_are_those_that_training_takes(workshop: Workshop, data: dict[str, Any]) -> None:
