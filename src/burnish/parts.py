@@ -18,7 +18,7 @@ from typing import Any, Literal
 from burnish.config import DataConfig, Recipe, RecipeError, SourceConfig
 from burnish.data.chat import TextTokenizer, caught
 from burnish.data.conversation import Format, recognise
-from burnish.data.corpus import _check_readable
+from burnish.data.corpus import check_readable
 from burnish.data.locate import locate
 from burnish.data.parquet import open_parquet_rows
 from burnish.data.prepare import Preparer, SourceRows, StreamedRow
@@ -26,6 +26,7 @@ from burnish.data.rows import Rows, open_rows
 from burnish.data.streams import Stream, open_stream
 from burnish.data.tokenizer_files import read_tokenizer
 from burnish.data.turns import Selection
+from burnish.files import read_object
 from burnish.model.vocabulary import TokenizerFacts, stop_ids
 from burnish.types import UserError
 
@@ -53,9 +54,9 @@ def read_model_facts(place: Path, implementation: str = "auto") -> ModelFacts | 
     file = place / "config.json" if place.is_dir() else place
     if not file.is_file():
         return None
-    config = _read_json(file)
+    config = read_object(file, "correct it")
     generation_file = file.parent / "generation_config.json"
-    generation = _read_json(generation_file) if generation_file.is_file() else None
+    generation = read_object(generation_file, "correct it") if generation_file.is_file() else None
     nested = next((config[key] for key in NESTED if isinstance(config.get(key), dict)), {})
     sizes = {k: v for k, v in nested.items() if k in ("vocab_size", "max_position_embeddings")}
     whole = {**config, **sizes}
@@ -77,16 +78,6 @@ def _completed(file: Path, config: dict[str, Any]) -> dict[str, Any]:
     text = found.get_text_config()
     sizes = {name: getattr(text, name, None) for name in ("vocab_size", "max_position_embeddings")}
     return {**found.to_dict(), **{name: value for name, value in sizes.items() if value is not None}}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}); correct it") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file} is a JSON {type(value).__name__}; it must be an object")
-    return value
 
 
 @dataclass(frozen=True)
@@ -174,7 +165,7 @@ def open_sources(data: DataConfig) -> tuple[InspectedSource, ...]:
         for number, config in enumerate(configs):
             key = f"data.{split}.{number}"
             rows = open_stream(config, key) if config.streaming else _open_in_order(config, key)
-            _check_readable(rows, key)
+            check_readable(rows, key)
             name = next(n for n in (rows.name, *(f"{rows.name}-{i}" for i in range(2, 99))) if n not in names)
             names.add(name)
             first = rows.start if isinstance(rows, Rows) else locate(config, key).bounds[0] or 0

@@ -95,7 +95,7 @@ def _opened(configs: Sequence[SourceConfig], key: str, given: Any) -> tuple[Open
     for number, config in enumerate(configs):
         place = f"{key}.{number}"
         rows = open_stream(config, place) if config.streaming else open_rows(config, place)
-        _check_readable(rows, place)
+        check_readable(rows, place)
         taken = {source.name for source in opened}
         name = next(n for n in (rows.name, *(f"{rows.name}-{i}" for i in range(2, 99))) if n not in taken)
         opened.append(OpenSource(config, name, rows, recognise(rows.schema, config, place)))
@@ -112,11 +112,11 @@ def _handed_over(configs: Sequence[SourceConfig], key: str, given: Any) -> OpenS
             f"{fault}, but its rows are passed in as `dataset`; pass in what is to be used, or name files"
         )
     rows = MemoryRows(given, config.name or key.removeprefix("data."))
-    _check_readable(rows, key)
+    check_readable(rows, key)
     return OpenSource(config, rows.name, rows, recognise(rows.schema, config, key))
 
 
-def _check_readable(rows: Rows | Stream, key: str) -> None:
+def check_readable(rows: Rows | Stream, key: str) -> None:
     """Raises UserError with the first row's fault where no row of a source can be read."""
     if rows.schema.shapes or not isinstance(rows, Rows):
         return

@@ -135,7 +135,7 @@ class Preparer:
     def prepare(self, items: Sequence[Item]) -> list[PreparedRow]:
         """What becomes of each row, in order. Raises UserError where the fault is no single row's."""
         found = [self._read(item) for item in items]
-        parts = [caught(self._parts, row) for row in found]
+        parts = [caught(self.parts, row) for row in found]
         fresh = [part for row in parts if not isinstance(row, RowError) for part in row]
         encoded = iter(self.tokenizer.encode_batch(fresh, self.selection))
         return [
@@ -167,7 +167,7 @@ class Preparer:
         assert rows is not None, f"{self.sources[source].name} is a stream and has no row {index}"
         return StreamedRow(source, index, rows.where(index), caught(rows.__getitem__, index))
 
-    def _parts(self, found: StreamedRow) -> list[Row]:
+    def parts(self, found: StreamedRow) -> list[Row]:
         """What of the row is tokenised, each part to a sample of its own."""
         if isinstance(found.row, RowError):
             raise found.row
@@ -189,7 +189,7 @@ class Preparer:
             raise encoded
         assert not isinstance(found.row, RowError), f"{found.where} is tokenised, and cannot be read"
         source = self.sources[found.source]
-        fitting = self._fit(encoded)
+        fitting = self.fit(encoded)
         label, metadata = row_facts(found.row, source.config)
         return Sample(
             fitting.tokens,
@@ -203,7 +203,8 @@ class Preparer:
             notices=tuple(dict.fromkeys(notice.kind for notice in encoded.notices)),
         )
 
-    def _fit(self, encoded: Encoded) -> Encoded:
+    def fit(self, encoded: Encoded) -> Encoded:
+        """A tokenised row, cut where it is too long and may be. Raises RowError where it cannot be trained on."""
         largest = int(encoded.tokens.max())
         if largest >= self.vocab_size:
             raise RowError(f"token id {largest} is outside the model's embedding of {self.vocab_size} rows")

@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from burnish.files import read_object
 from burnish.types import UserError
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -89,15 +90,7 @@ def read_tokenizer(folder: Path) -> TokenizerFiles | None:
 
 def _read(file: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file. Raises UserError where it is anything else."""
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}); download or copy it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file} is a JSON {type(value).__name__}; it must be an object")
-    return value
+    return read_object(file, "download or copy it again") if file.is_file() else {}
 
 
 def _class(folder: Path, settings: Mapping[str, Any], document: Mapping[str, Any]) -> str | None:

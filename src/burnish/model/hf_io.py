@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from burnish.files import sync
+from burnish.files import read_object, sync
 from burnish.model.base import CausalLM
 from burnish.types import UserError
 
@@ -66,13 +66,7 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{file} does not exist; give the config.json of a model, or the folder that holds it")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}); correct it") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file} is a JSON {type(config).__name__}; it must be an object")
-    return config
+    return read_object(file, "correct it")
 
 
 def read_weights(folder: Path, model: CausalLM) -> None:
