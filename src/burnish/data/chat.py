@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import date
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -384,8 +384,7 @@ class TextTokenizer:
         return self._known_stops[template]
 
 
-@dataclass(frozen=True)
-class _Draft:
+class _Draft(NamedTuple):
     """A row as text, before it is tokenised."""
 
     text: str
@@ -455,16 +454,18 @@ def truncate(encoded: Encoded, max_length: int, side: TruncateSide) -> Encoded:
 
 
 def _trained(encoded: Encoded, where: str = "") -> Encoded:
-    """`encoded` with no weight on its first token, which nothing predicts. Raises RowError where none is left."""
-    loss_weights = encoded.loss_weights.copy()
-    loss_weights[:1] = 0
-    if not loss_weights.any():
+    """`encoded`, whose weights are its own array, with none on the first token, which nothing predicts.
+
+    Raises RowError where none is left.
+    """
+    encoded.loss_weights[:1] = 0
+    if not encoded.loss_weights.any():
         raise RowError(f"no trained token{where}")
-    return replace(encoded, loss_weights=loss_weights)
+    return encoded
 
 
 def _from_tokens(row: TokenRow) -> Encoded:
-    tokens, loss_weights = np.asarray(row.tokens), np.asarray(row.loss_weights, np.float32)
+    tokens, loss_weights = np.asarray(row.tokens), np.array(row.loss_weights, np.float32)
     if tokens.shape != loss_weights.shape or tokens.ndim != 1:
         raise RowError(f"{tokens.size} token ids and {loss_weights.size} weights; give one weight for each id")
     if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < 2**31:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import date, datetime, time
 from types import BuiltinMethodType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.ext
@@ -79,8 +78,7 @@ TRACING = "burnish_tracing"
 """The variable under which a traced rendering's filters find its `Tracing`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tracing:
+class Tracing(NamedTuple):
     """Messages by identity, so that equal ones are not confused, and the origins of the row's lists and dicts."""
 
     numbers: Mapping[int, int]

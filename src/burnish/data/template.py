@@ -184,7 +184,8 @@ class ChatTemplate(Template):
                 pieces += text._runs
             else:
                 pieces += [run if run[2] is not OUTSIDE else (run[0], run[1], now) for run in text._runs]
-        placed = {in_pass.message for _, _, in_pass in pieces if in_pass.message is not None}
+        passes = {in_pass for _, _, in_pass in pieces}
+        placed = {in_pass.message for in_pass in passes if in_pass.message is not None}
         return Rendering("".join(texts), _resolve(pieces), frozenset(placed), self._has_blocks)
 
 
@@ -200,11 +201,18 @@ def _resolve(pieces: Sequence[tuple[int, Author, Pass]]) -> tuple[Run, ...]:
     last_turn: int | None = None
     last_origin: Origin | None = None
     last_generated = False
+    last_author: Author = None
+    last_pass: Pass | None = None
     for length, author, in_pass in pieces:
         if not length:
             if type(author) is Generation:
                 depth += 1 if author.is_start else -1
+                last_pass = None
             continue
+        if in_pass is last_pass and author is last_author:
+            position += length
+            continue
+        last_author, last_pass = author, in_pass
         turn, origin = in_pass.message, in_pass.own
         if not in_pass.is_named and turns:
             turn = turns.get(in_pass)
@@ -229,7 +237,7 @@ def _resolve(pieces: Sequence[tuple[int, Author, Pass]]) -> tuple[Run, ...]:
 
 def _unnamed_turns(pieces: Sequence[tuple[int, Author, Pass]]) -> dict[Pass, int | None]:
     """The one message whose text stands in each pass that its loop does not name, None where there are several."""
-    if all(in_pass.is_named or in_pass is OUTSIDE for _, _, in_pass in pieces):
+    if all(in_pass.is_named or in_pass is OUTSIDE for in_pass in {in_pass for _, _, in_pass in pieces}):
         return {}
     found: dict[Pass, set[int | None]] = {}
     for length, author, in_pass in pieces:

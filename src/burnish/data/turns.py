@@ -31,7 +31,7 @@ class Selection:
     tool_calls: bool = True
     open_turns: OpenTurns = "report"
 
-    @property
+    @cached_property
     def left_out(self) -> frozenset[str]:
         """The parts of a turn that are not trained."""
         trained = {"reasoning": self.reasoning, "tool_calls": self.tool_calls}
@@ -362,8 +362,7 @@ class _Header(NamedTuple):
     notices: tuple[Notice, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     """Where a turn stands: characters [start, end) in runs `first` to `last`, both inclusive.
 
     `header` is known of a turn of which the template says no more than the text, as outside any loop.
