@@ -438,16 +438,22 @@ def joined_if_traced(pieces: Iterable[Any]) -> str:
 
 def derived(result: Any, *sources: Any) -> Any:
     """`result`, which was made of `sources` in a way that is not followed: by their one author, else LOST."""
-    if type(result) is not str:
-        return result
+    return _by_authors_of(sources, result, None) if type(result) is str else result
+
+
+def to_json(value: Any, containers: Mapping[int, Origin], **options: Any) -> str:
+    """`json.dumps` with the origin of what was dumped; `containers` are those of `trace_value`."""
+    return _by_authors_of(value, json.dumps(value, **options), containers)
+
+
+def _by_authors_of(source: Any, text: str, containers: Mapping[int, Origin] | None) -> str:
     authors = set[Author]()
-    for source in sources:
-        _collect(source, authors, None)
+    _collect(source, authors, containers)
     authors.discard(None)
     if not authors:
-        return result
+        return text
     author = next(iter(authors)) if len(authors) == 1 else _common(authors)
-    return _make(result, ((len(result), author, OUTSIDE),))
+    return _make(text, ((len(text), author, OUTSIDE),))
 
 
 def _common(authors: set[Author]) -> Author:
@@ -476,21 +482,6 @@ def _collect(value: Any, authors: set[Author], containers: Mapping[int, Origin] 
     elif isinstance(value, list | tuple | set):
         for item in value:
             _collect(item, authors, containers)
-
-
-def to_json(value: Any, containers: Mapping[int, Origin], **options: Any) -> str:
-    """`json.dumps` with the origin of what was dumped."""
-    text = json.dumps(value, **options)
-    origin = containers.get(id(value))
-    if origin is not None:
-        return _make(text, ((len(text), origin, OUTSIDE),))
-    authors = set[Author]()
-    _collect(value, authors, containers)
-    authors.discard(None)
-    if not authors:
-        return text
-    author = next(iter(authors)) if len(authors) == 1 else _common(authors)
-    return _make(text, ((len(text), author, OUTSIDE),))
 
 
 def _in_place_of(old: str, new: str) -> str:
