@@ -7,7 +7,7 @@ Knows nothing of turns and tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, datetime, time
 from types import BuiltinMethodType, MethodType
 from typing import Any, NamedTuple
@@ -198,16 +198,25 @@ def _begin_pass(context: Context, bound: Sequence[Any]) -> Pass:
     outer = HERE.now
     if outer.is_named and bound[0] != RECURSIVE:
         return enter(outer.message, outer, True)  # a loop within a message's turn writes that turn
-    for thing in bound:
-        if type(thing) is tuple and len(thing) == 2 and type(thing[0]) is list and isinstance(thing[1], int):
-            items, index = thing
-            thing = items[index] if -len(items) <= index < len(items) else None
-        message = tracing.numbers.get(id(thing))
-        if message is not None:
-            return enter(message, outer, True)
-        if id(thing) in tracing.containers and tracing.containers[id(thing)].part == "tools":
-            return enter(None, outer, True)
+    found = {_message_of(thing, tracing) for thing in bound} - {None}
+    if len(found) == 1:
+        (message,) = found
+        return enter(None if message == _TOOL else message, outer, True)
     return enter(None, outer, False)
+
+
+_TOOL = -1
+
+
+def _message_of(thing: Any, tracing: Tracing) -> int | None:
+    """The number of the message that a loop bound, _TOOL for a tool's schema, None for anything else."""
+    if type(thing) is tuple and len(thing) == 2 and type(thing[0]) is list and isinstance(thing[1], int):
+        items, index = thing
+        thing = items[index] if -len(items) <= index < len(items) else None
+    message = tracing.numbers.get(id(thing))
+    if message is None and id(thing) in tracing.containers and tracing.containers[id(thing)].part == "tools":
+        return _TOOL
+    return message
 
 
 @pass_context
@@ -304,13 +313,11 @@ def _add_marks(tree: nodes.Template) -> None:
         targets = [loop.target] if isinstance(loop.target, nodes.Name) else list(loop.target.find_all(nodes.Name))
         names = {target.name for target in targets}
         bound: list[nodes.Expr] = [nodes.Name(name, "load") for name in sorted(names)]
-        indexed = {
-            item.node.name: item.arg
-            for statement in loop.body
-            for item in statement.find_all(nodes.Getitem)
-            if isinstance(item.node, nodes.Name) and _is_index(item.arg, names)
-        }
-        bound += [nodes.Tuple([nodes.Name(name, "load"), index], "load") for name, index in indexed.items()]
+        indexed = {name: arg for name, arg in _items(loop.body) if _is_index(arg, names)}
+        printed = [node for statement in loop.body for node in _outputs(statement)]
+        several = {name for name, arg in _items(printed) if _is_reckoned(arg, names)}
+        pairs = ((name, index) for name, index in indexed.items() if name not in several)
+        bound += [nodes.Tuple([nodes.Name(name, "load"), index], "load") for name, index in pairs]
         if loop.recursive:
             bound.insert(0, nodes.Const(RECURSIVE))
         begin = _filtered("burnish_begin", nodes.Tuple(bound, "load"))
@@ -319,11 +326,29 @@ def _add_marks(tree: nodes.Template) -> None:
             node.set_lineno(loop.lineno)
 
 
+def _items(statements: Sequence[nodes.Node]) -> Iterator[tuple[str, nodes.Expr]]:
+    """Each `name[index]` in them: the name and the index."""
+    for statement in statements:
+        for item in statement.find_all(nodes.Getitem):
+            if isinstance(item.node, nodes.Name):
+                yield item.node.name, item.arg
+
+
+def _outputs(statement: nodes.Node) -> list[nodes.Node]:
+    return [statement] if isinstance(statement, nodes.Output) else list(statement.find_all(nodes.Output))
+
+
 def _is_index(node: nodes.Node, names: set[str]) -> bool:
     """Whether it is a loop's variable, or its `loop.index0`."""
     if isinstance(node, nodes.Getattr):
         return node.attr == "index0" and isinstance(node.node, nodes.Name) and node.node.name == "loop"
     return isinstance(node, nodes.Name) and node.name in names
+
+
+def _is_reckoned(node: nodes.Node, names: set[str]) -> bool:
+    """Whether it is reckoned from an index, as `i + 1`: a pass that prints such an item is about several messages."""
+    parts = [*node.find_all(nodes.Name), *node.find_all(nodes.Getattr)]
+    return not _is_index(node, names) and any(_is_index(part, names) for part in parts)
 
 
 def _filtered(name: str, value: nodes.Expr) -> nodes.Output:
@@ -336,9 +361,10 @@ def _ending_marked(body: list[nodes.Node]) -> list[nodes.Node]:
     for node in body:
         if isinstance(node, nodes.Continue | nodes.Break):
             marked.append(_filtered("burnish_end", nodes.Const(None)))
-        elif not isinstance(node, nodes.For):
-            for field, value in node.iter_fields():
-                if isinstance(value, list) and value and isinstance(value[0], nodes.Stmt):
-                    setattr(node, field, _ending_marked(value))
+        for field, value in node.iter_fields():
+            # What leaves an inner loop's own pass is marked with that loop; its `else` is no pass of it.
+            is_of_loop = isinstance(node, nodes.For) and field == "body"
+            if not is_of_loop and isinstance(value, list) and value and isinstance(value[0], nodes.Stmt):
+                setattr(node, field, _ending_marked(value))
         marked.append(node)
     return marked

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import jinja2
+import jinja2.meta
 from jinja2 import nodes
 
 from burnish.data.origin import (
@@ -78,6 +79,9 @@ class Template(ABC):
     def trace(self, conversation: Conversation, kwargs: Variables) -> Rendering:
         """The rendering and the author of every character. Raises RowError for what is refused."""
 
+    arguments: tuple[str, ...] = ()
+    """The names of the arguments that it reads, as far as they are known."""
+
     @abstractmethod
     def may_write(self, token: str) -> bool:
         """Whether a special token may be among its own words."""
@@ -121,6 +125,7 @@ class ChatTemplate(Template):
             tree = parse(source, day)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"the chat template is not valid Jinja, line {error.lineno}: {error.message}") from None
+        self.arguments = tuple(sorted(jinja2.meta.find_undeclared_variables(tree) - _GIVEN - set(special_tokens)))
         self._prompt_reads = _prompt_reads(tree)
         self._prompts: dict[tuple[str, ...], str] = {}
         self._has_blocks = has_generation_blocks(tree)
@@ -133,6 +138,11 @@ class ChatTemplate(Template):
 
     def trace(self, conversation: Conversation, kwargs: Variables) -> Rendering:
         """The rendering and the author of every character. Raises RowError where the template refuses."""
+        # A row's nested values may be deeper than Python can follow, which is about the row too.
+        with _refusals():
+            return self._traced_rendering(conversation, kwargs)
+
+    def _traced_rendering(self, conversation: Conversation, kwargs: Variables) -> Rendering:
         containers: dict[int, Origin] = {}
         messages = [_traced_message(number, m, containers) for number, m in enumerate(conversation.messages)]
         tools = conversation.tools
@@ -141,8 +151,7 @@ class ChatTemplate(Template):
         numbers = {id(message): number for number, message in enumerate(messages)}
         variables = self._variables(messages, tools, kwargs, {TRACING: Tracing(numbers, containers)})
         HERE.now = OUTSIDE
-        with _refusals():
-            return self._read(self._traced.root_render_func(self._traced.new_context(variables)))
+        return self._read(self._traced.root_render_func(self._traced.new_context(variables)))
 
     def generation_prompt(self, conversation: Conversation, number: int, kwargs: Variables, before: str) -> str:
         if self._prompt_reads is None:
@@ -187,6 +196,13 @@ class ChatTemplate(Template):
         passes = {in_pass for _, _, in_pass in pieces}
         placed = {in_pass.message for in_pass in passes if in_pass.message is not None}
         return Rendering("".join(texts), _resolve(pieces), frozenset(placed), self._has_blocks)
+
+
+_GIVEN = {
+    *("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token"),
+    *("raise_exception", "strftime_now", "namespace", "dict", "range", "lipsum", "cycler", "joiner"),
+}
+"""Variables that every template has, or that are no arguments."""
 
 
 def _resolve(pieces: Sequence[tuple[int, Author, Pass]]) -> tuple[Run, ...]:
@@ -306,11 +322,22 @@ def _traced_message(number: int, message: Message, containers: dict[int, Origin]
 def _traced_content(message: Message, origin: Origin) -> str:
     """The content; an assistant's up to `</think>` is reasoning, where the row has no reasoning beside it."""
     content = message.content
-    if message.role == "assistant" and message.reasoning is None and _THINKING_ENDS in content:
-        end = content.index(_THINKING_ENDS) + len(_THINKING_ENDS)
+    end = reasoning_end(message)
+    if end:
         thinking = (end, Origin(origin.message, "reasoning"), OUTSIDE)
         return Traced(content, (thinking, (len(content) - end, origin, OUTSIDE)))
     return trace_text(content, origin)
+
+
+def reasoning_end(message: Message, text: str | None = None) -> int:
+    """Characters of an assistant's content, or of a `text` of it, that are reasoning: up to `</think>`.
+
+    0 where the row has reasoning beside the content.
+    """
+    text = message.content if text is None else text
+    if message.role != "assistant" or message.reasoning is not None or _THINKING_ENDS not in text:
+        return 0
+    return text.index(_THINKING_ENDS) + len(_THINKING_ENDS)
 
 
 _THINKING_ENDS = "</think>"

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 from burnish.config import LastTurns, Roles, TrainOn
-from burnish.data.template import Rendering, Run, Template, common_prefix
+from burnish.data.template import Rendering, Run, Template, common_prefix, reasoning_end
 from burnish.types import Conversation, Message, Origin, RowError
 
 _BLANK = re.compile(r"\s*")
@@ -86,19 +86,27 @@ class Stops:
         texts = sorted(self.declared | self.written, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
 
-    def find(self, text: str, start: int, end: int, header: str = "", is_sure: bool = True) -> tuple[int, int] | None:
+    def find(
+        self, text: str, start: int, end: int, header: str = "", said: str = "", is_sure: bool = True
+    ) -> tuple[int, int] | None:
         """The first declared stop in characters [start, end), else the last written one.
 
-        What stands in the turn's `header` begins a turn and ends none. Where it is not sure that all of the characters
-        are the turn's, it is the last of the first written ones that stand side by side.
+        What stands in the turn's `header` begins a turn and ends none; what closes a mark that the turn before `start`,
+        `said`, opened (`</think>`) ends a part. Where it is not sure that all of the characters are the turn's, it is
+        the last of the first written ones that stand side by side.
         """
         found = [match.span() for match in self._pattern.finditer(text, start, end)]
         declared = next((span for span in found if text[slice(*span)] in self.declared), None)
         if declared is not None:
             return declared
-        written = [span for span in found if text[slice(*span)] not in header]
+        closing = {"</" + token[1:] for token in self.written if token.startswith("<") and token in said}
+        written = [span for span in found if text[slice(*span)] not in header and text[slice(*span)] not in closing]
         apart = (i for i, (one, other) in enumerate(pairwise(written)) if one[1] != other[0])
         return written[-1 if is_sure else next(apart, -1)] if written else None
+
+    def has_declared(self, text: str, start: int, end: int) -> bool:
+        """Whether a declared stop stands in characters [start, end)."""
+        return any(match.group() in self.declared for match in self._pattern.finditer(text, start, end))
 
     def declared_at(self, text: str, start: int) -> tuple[int, int] | None:
         """The declared stop that begins at `start`."""
@@ -335,19 +343,23 @@ def _assistant_turn(
     notices = list(header.notices)
     closing = max([text_start, *(run.end for run in runs if _is_text_of(run, number))])
     is_sure = place.header is None
-    stop = stops.find(text, closing, end, text[start:text_start], is_sure) or _next_stop(rendering, place, stops)
+    header_text, said = text[start:text_start], text[text_start:closing]
+    stop = stops.find(text, closing, end, header_text, said, is_sure) or _next_stop(rendering, place, stops)
     if stop is None:
         end = end if is_sure else closing
         notices.append(_open_turn(text, number, closing, end, stops, selection))
     elif stop[1] > end:
         runs = (*runs, _clipped(rendering.runs[_run_at(rendering, place.last, stop[0])], end, stop[1]))
+    elif text[slice(*stop)] not in stops.declared:
+        notices.append(_undeclared(text[slice(*stop)], number))
     end = end if stop is None else stop[1]
+    notices += _content_notices(chat.conversation.messages[number], number, runs, text, text_start, closing, stops)
     _check_authors(runs, text, number, text_start, end)
     spans: tuple[tuple[int, int], ...] = ((text_start, end),)
     if selection.left_out or rendering.has_blocks:
         inside = [_clipped(r, max(r.start, text_start), min(r.end, end)) for r in runs]
         inside = [run for run in inside if run.start < run.end]
-        trained = _without(selection.left_out, inside, text, number, stop)
+        trained = _without(selection.left_out, inside, text, number, stop, stops)
         if rendering.has_blocks:
             notices += _block_notices(number, text, inside, runs, text_start, end, stop)
             trained = _in_blocks(trained, stop)
@@ -438,7 +450,8 @@ def _unmarked_place(chat: Chat, rendering: Rendering, number: int) -> _Place | N
     message = chat.conversation.messages[number]
     words = [part.strip() for part in (message.content, message.reasoning or "") if part.strip()]
     if words or message.tool_calls:
-        if any(run.origin is None for run in rendering.runs) or any(part in text for part in words):
+        of_template = [text[run.start : run.end] for run in rendering.runs if run.origin is None or _is_template(run)]
+        if any(run.origin is None for run in rendering.runs) or any(w in said for w in words for said in of_template):
             raise _unsure(number, "the chat template makes its text anew, of several texts at once")
         return None
     prompt = chat.prompt_or_none(number)
@@ -466,9 +479,9 @@ def _header(chat: Chat, rendering: Rendering, number: int, place: _Place, runs: 
     start = place.start
     turn, prompt = rendering.text[start : place.end], chat.prompt_behind(number, rendering, start)
     header = common_prefix(turn, prompt)
-    if header == len(prompt):
-        return _Header(header, True)
     own = next((run.start for run in runs if _is_text_of(run, number)), place.end) - start
+    if header == len(prompt):
+        return _Header(header, True, () if prompt or not turn[:own].strip() else (_no_header(number, turn, prompt),))
     blank = len(turn) - len(turn.lstrip())
     # Words that belong to no turn may stand before the header, and the one may begin with a line end the other lacks.
     prompt = prompt.lstrip()
@@ -485,8 +498,13 @@ def _header(chat: Chat, rendering: Rendering, number: int, place: _Place, runs: 
         raise _unsure(
             number, f"the chat template begins the turn with {turn[:20]!r}, and asks for one with {prompt[:20]!r}"
         )
-    what = f"messages[{number}]: the chat template begins the turn with {turn[:20]!r}, and inference asks for one with "
-    return _Header(0, False, (Notice("no_header", f"{what}{prompt[:20]!r}; all of the turn is trained"),))
+    return _Header(0, False, (_no_header(number, turn, prompt),))
+
+
+def _no_header(number: int, turn: str, prompt: str) -> Notice:
+    asked = f"for one with {prompt[:20]!r}" if prompt else "with no words at all"
+    begins = f"messages[{number}]: the chat template begins the turn with {turn[:20]!r}, and inference asks {asked}"
+    return Notice("no_header", f"{begins}; all of the turn is trained")
 
 
 def _next_stop(rendering: Rendering, place: _Place, stops: Stops) -> tuple[int, int] | None:
@@ -514,6 +532,31 @@ def _open_turn(text: str, number: int, closing: int, end: int, stops: Stops, sel
     return Notice("open_turn", f"messages[{number}]: {reason}")
 
 
+def _undeclared(stop: str, number: int) -> Notice:
+    return Notice(
+        "undeclared_stop",
+        f"messages[{number}]: the turn ends with {stop!r}, which neither eos_token nor generation_config.json's "
+        "eos_token_id names, so that generation may run on behind it",
+    )
+
+
+def _content_notices(
+    message: Message, number: int, runs: Sequence[Run], text: str, start: int, closing: int, stops: Stops
+) -> Iterator[Notice]:
+    """What the template leaves out of a turn's message, and a stop that stands amid what is trained of it."""
+    written = {run.origin.part for run in runs if run.origin is not None and run.origin.message == number}
+    if "reasoning" not in written and (message.reasoning or message.content[: reasoning_end(message)]).strip():
+        yield Notice("dropped_reasoning", f"messages[{number}]: its reasoning is not in the rendering")
+    if message.tool_calls and not any(call.name in text[start:closing] for call in message.tool_calls):
+        yield Notice("dropped_tool_calls", f"messages[{number}]: its tool calls are not in the rendering")
+    for run in runs:
+        if _is_template(run) and start < run.end < closing and stops.has_declared(text, max(run.start, start), run.end):
+            yield Notice(
+                "stop_amid_turn", f"messages[{number}]: a stop token stands amid the turn, where generation ends"
+            )
+            break
+
+
 def _check_authors(runs: Sequence[Run], text: str, number: int, start: int, end: int) -> None:
     """Raises RowError where characters [start, end) of a turn hold what nobody or another message wrote."""
     for run in runs:
@@ -527,12 +570,22 @@ def _check_authors(runs: Sequence[Run], text: str, number: int, start: int, end:
             raise _unsure(number, f"the chat template writes {other} into the same turn")
 
 
+def _first_mark(text: str, run: Run, stops: Stops) -> int:
+    """Where the first mark of a run ends, with the white space behind it: an added token, a tag, or else a word."""
+    token = stops.landmarks.match(text, _BLANK.match(text, run.start).end(), run.end)  # pyright: ignore[reportOptionalMemberAccess]
+    mark = token or _MARK.match(text, run.start, run.end)
+    return run.start if mark is None else _BLANK.match(text, mark.end(), run.end).end()  # pyright: ignore[reportOptionalMemberAccess]
+
+
+_MARK = re.compile(r"\s*(?:<[^<>]*>|\[[^\[\]]*\]|\S+)")
+
+
 def _without(
-    left_out: frozenset[str], runs: Sequence[Run], text: str, number: int, stop: tuple[int, int] | None
+    left_out: frozenset[str], runs: Sequence[Run], text: str, number: int, stop: tuple[int, int] | None, stops: Stops
 ) -> list[Run]:
     """`runs` of a turn without the parts `left_out`. The template's words go with the part that they open or close.
 
-    Between reasoning and tool calls the first word closes the reasoning; what stands behind the last part closes it,
+    Between reasoning and tool calls the first mark closes the reasoning; what stands behind the last part closes it,
     but for the end-of-turn token.
     """
     kept: list[Run] = []
@@ -545,8 +598,7 @@ def _without(
         after = next((p for p in parts[i + 1 :] if p is not None), None)
         cut = run.end
         if before == "reasoning" and after == "tool_calls":
-            match = re.match(r"\s*\S+\s*", text[run.start : run.end])
-            cut = run.start + (match.end() if match else 0)
+            cut = _first_mark(text, run, stops)
         elif before in (None, "content"):
             cut = run.start
         if after is None and stop is not None:

@@ -83,7 +83,7 @@ def test_arguments_and_refusals_go_through(plain: PreTrainedTokenizerFast, modul
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("wrong_part", r"it must give \(text, Origin\(message, part\)\) with a part of content"),
+        ("wrong_part", r"it must give stretches \(text, Origin\(message, part\)\), with a part of"),
         ("wrong_message", "names message 7 of 3; it must be 0 to 2"),
         ("number", "is no function"),
         ("absent", "name a function by its dotted path"),
