@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, cast
 
 import numpy as np
 
@@ -53,24 +53,83 @@ def inspect(request: Request) -> int:
     """
     if request.format == "html" and request.out is None and sys.stdout.isatty():
         raise UserError("--format html writes a page; name a file for it with --out, or redirect the output")
+    if request.tokens and request.format != "terminal":
+        raise UserError(f"--tokens is for --format terminal; {request.format} holds the boundaries anyway, so leave it")
     recipe = requested_recipe(request)
     limit = DEFAULT_LIMITS[request.format] if request.limit is None else request.limit
-    inspector = Inspector(Parts(recipe, request.is_recipe), request.target)
+    parts = Parts(recipe, request.is_recipe)
+    if request.out is not None:
+        _refuse_inputs(Path(request.out), [Path(request.target), *parts.files])
+    inspector = Inspector(parts, request.target)
     if request.format == "html":
         return _show_page(inspector, limit, request.out)
     with ExitStack() as stack:
-        file = sys.stdout
-        if request.out is not None:
-            file = stack.enter_context(_writable(request.out))
+        file = stack.enter_context(_opened(request.out)) if request.out is not None else _standard_output()
         show = _show_lines if request.format == "json" else _show_terminal
         return show(inspector, limit, file, request.tokens)
+
+
+def _refuse_inputs(out: Path, read: Sequence[Path]) -> None:
+    """Raises UserError where `out` is one of the files that are read, under whatever name."""
+    if out.is_file() and any(file.is_file() and file.samefile(out) for file in read):
+        raise UserError(f"--out={out} is a file that is read; name another")
+
+
+class _Output:
+    """A text file of which faults of writing are UserErrors, but for a reader that went away."""
+
+    def __init__(self, file: TextIO, name: str) -> None:
+        self._file = file
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        with self._named():
+            return self._file.write(text)
+
+    def flush(self) -> None:
+        with self._named():
+            self._file.flush()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if self._file is sys.stdout:
+                sys.stdout = None  # what it holds back cannot be written at exit either
+            raise _cannot_write(self._name, error) from None
+
+
+def _cannot_write(name: str, error: OSError) -> UserError:
+    return UserError(f"{name} cannot be written: {error.strerror}; name another file with --out")
+
+
+def _standard_output() -> TextIO:
+    return cast(TextIO, _Output(sys.stdout, "standard output"))
 
 
 def _writable(path: str) -> TextIO:
     try:
         return open(path, "w", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--out={path} cannot be written: {error.strerror}; name another file") from None
+        raise _cannot_write(f"--out={path}", error) from None
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[TextIO]:
+    file = _writable(path)
+    output = _Output(file, f"--out={path}")
+    try:
+        yield cast(TextIO, output)
+        output.flush()
+    finally:
+        with suppress(OSError):  # what could not be written has been said
+            file.close()
 
 
 def requested_recipe(request: Request) -> Recipe:
@@ -161,15 +220,25 @@ def _show_page(inspector: Inspector, limit: int | None, out: str | None) -> int:
                 progress.advance()
     found = inspector.inspection(shown)
     page = render(found)
-    if out is None:
-        sys.stdout.write(page)
-    else:
-        try:
-            write_whole(Path(out), page)
-        except OSError as error:
-            raise UserError(f"--out={out} cannot be written: {error.strerror}; name another file") from None
-        print(out)
+    if out is not None:
+        _write_page(out, page)
+    stdout = _standard_output()
+    stdout.write(page if out is None else f"{out}\n")
+    stdout.flush()
     return _status(found)
+
+
+def _write_page(out: str, page: str) -> None:
+    """Whole or not at all where `out` is to be a regular file; what else it names is written to, not replaced."""
+    place = Path(out).resolve()
+    if place.exists() and not place.is_file():
+        with _opened(out) as file:
+            file.write(page)
+        return
+    try:
+        write_whole(place, page)
+    except OSError as error:
+        raise _cannot_write(f"--out={out}", error) from None
 
 
 class _Progress:

@@ -98,6 +98,7 @@ class Inspector:
 
     def __init__(self, parts: Parts, title: str) -> None:
         self.parts = parts
+        self._preparer = parts.preparer  # opens all of it: what cannot be used is refused before any row is read
         self.title = title
         self._tallies = [_Tally(source) for source in self.parts.sources]
         self._seen: dict[int, tuple[str, int]] = {}
@@ -162,8 +163,7 @@ class Inspector:
     def _inspected(
         self, source: InspectedSource, tally: _Tally, chunk: Sequence[StreamedRow]
     ) -> Iterator[InspectedRow]:
-        preparer = self.parts.preparer
-        parts = [caught(preparer.parts, found) for found in chunk]
+        parts = [caught(self._preparer.parts, found) for found in chunk]
         fresh = [part for row in parts if not isinstance(row, RowError) for part in row]
         encoded = iter(self.parts.tokenizer.encode_batch(fresh, self.parts.selection))
         for found, of_row in zip(chunk, parts, strict=True):
@@ -181,7 +181,7 @@ class Inspector:
     def _row(self, source: str, index: int, where: str, part: Row, encoded: Encoded | RowError) -> InspectedRow:
         if isinstance(part, TurnRow):
             where = f"{where}, messages[{part.number}]"
-        whole = encoded if isinstance(encoded, RowError) else caught(self.parts.preparer.fit, encoded)
+        whole = encoded if isinstance(encoded, RowError) else caught(self._preparer.fit, encoded)
         if isinstance(whole, RowError) or isinstance(encoded, RowError):
             assert isinstance(whole, RowError)
             return _failed(source, index, where, whole)

@@ -188,6 +188,13 @@ def _open_in_order(config: SourceConfig, key: str) -> Rows:
     return Rows(place.name, opened, start, stop)
 
 
+def _sources(data: DataConfig) -> Iterator[tuple[str, SourceConfig]]:
+    """Every source with its key."""
+    held_out = data.validation if isinstance(data.validation, tuple) else ()
+    for split, configs in (("train", data.train), ("validation", held_out)):
+        yield from ((f"data.{split}.{number}", config) for number, config in enumerate(configs))
+
+
 @dataclass(frozen=True)
 class Parts:
     """The parts of `recipe`. Without `is_whole` it was made for rows alone: its model may be a tokenizer's folder, and
@@ -196,6 +203,20 @@ class Parts:
 
     recipe: Recipe
     is_whole: bool = True
+
+    @property
+    def files(self) -> Iterator[Path]:
+        """The files that are read, but for a hub id's; none is opened. Raises UserError where rows are missing."""
+        data, model = self.recipe.data, self.recipe.model
+        for key, config in _sources(data):
+            place = locate(config, key)
+            yield from place.files
+            yield from place.folder.rglob("*") if place.folder is not None else ()
+        for named in (data.chat_template, self.tokenizer_place, model.path, model.init):
+            place = Path(named).expanduser() if named is not None else None
+            if place is not None:
+                yield from place.iterdir() if place.is_dir() else (place,)
+        yield self._saved
 
     @cached_property
     def sources(self) -> tuple[InspectedSource, ...]:
@@ -265,12 +286,15 @@ class Parts:
     @cached_property
     def date(self) -> str:
         """The day that templates see, as training takes it: the recipe's, that of the first start, or today."""
-        saved = Path(self.recipe.run.dir) / "data.json"
         if self.recipe.data.date is not None:
             return self.recipe.data.date
-        if self.is_whole and saved.is_file():
-            return json.loads(saved.read_text(encoding="utf-8"))["date"]
+        if self.is_whole and self._saved.is_file():
+            return json.loads(self._saved.read_text(encoding="utf-8"))["date"]
         return date.today().isoformat()
+
+    @property
+    def _saved(self) -> Path:
+        return Path(self.recipe.run.dir) / "data.json"
 
     @cached_property
     def limits(self) -> dict[str, int]:

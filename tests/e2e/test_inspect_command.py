@@ -115,14 +115,25 @@ def test_real_rows_and_tokenizers(shared: Path, tmp_path: Path) -> None:
             assert [end for end in row["spans"] if end[2] == "template:end"][-1][3] == 1.0
 
 
-def test_a_reader_that_went_away(workshop: Workshop) -> None:
+def piped(workshop: Workshop, rest: str) -> subprocess.CompletedProcess[str]:
+    """`burnish inspect` of many rows with `rest` behind it, and on the last line its own exit status."""
     write_jsonl(workshop.folder / "many.jsonl", make_rows(96) * 40)
-    command = (
-        f"{sys.executable} -m burnish inspect many.jsonl --tokenizer tokenizer --format json | head -n 1 >/dev/null"
-    )
+    command = f"{sys.executable} -m burnish inspect many.jsonl --tokenizer tokenizer {rest}"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    found = subprocess.run(
+    return subprocess.run(
         ["bash", "-c", f"{command}; echo ${{PIPESTATUS[0]}}"],
         cwd=workshop.folder, env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", ["--format json", "--limit 3000"])
+def test_a_reader_that_went_away(workshop: Workshop, options: str) -> None:
+    found = piped(workshop, f"{options} | head -n 1 >/dev/null")
     assert (found.stdout, found.stderr) == ("141\n", "")
+
+
+@pytest.mark.parametrize("format", ["terminal", "json", "html"])
+def test_a_full_disk_behind_standard_output(workshop: Workshop, format: str) -> None:
+    found = piped(workshop, f"--limit 20 --format {format} >/dev/full")
+    message = "burnish: error: standard output cannot be written: No space left on device; name another file with --out"
+    assert (found.stdout, found.stderr) == ("2\n", f"{message}\n")

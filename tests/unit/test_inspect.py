@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -430,3 +432,71 @@ def test_an_end_of_turn_that_stands_in_no_message(tmp_path: Path, chatml_tokeniz
     assert warnings_of(rows[0]) == set()
     assert warnings_of(rows[1]) == {"open_turn"}
     assert "messages[1]" in dict(rows[1].warnings)["open_turn"]
+
+
+# --- what is written ---
+
+
+def test_out_that_names_what_is_read(
+    tmp_path: Path, chatml_tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(chatml_tokenizer, tmp_path / "tokenizer")
+    write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
+    (tmp_path / "template.jinja").write_text(CHATML)
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "rows.jsonl")
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{init: {tmp_path}/config.json, tokenizer: {tmp_path}/tokenizer}}\n"
+        f"data:\n  train: ['{tmp_path}/*.jsonl']\n  chat_template: {tmp_path}/template.jinja\n"
+    )
+    names = ("recipe.yaml", "rows.jsonl", "link.jsonl", "template.jinja", "tokenizer/tokenizer.json", "config.json")
+    for name in names:
+        before = (tmp_path / name).read_bytes()
+        for format in ("json", "html"):
+            status, _, err = run(capsys, recipe, "--format", format, "--out", tmp_path / name)
+            assert (status, "is a file that is read; name another" in err) == (2, True), name
+        assert (tmp_path / name).read_bytes() == before
+    target = tmp_path / "out.json"
+    target.write_text("kept")
+    status, _, _ = run(capsys, tmp_path / "rows.jsonl", "--tokenizer", tmp_path, "--format", "json", "--out", target)
+    assert (status, target.read_text()) == (2, "kept")
+
+
+def test_where_a_page_is_written(tmp_path: Path, chatml_tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
+    options = ("--tokenizer", chatml_tokenizer, "--format", "html", "--out")
+    (tmp_path / "target.html").write_text("old")
+    (tmp_path / "link.html").symlink_to(tmp_path / "target.html")
+    assert run(capsys, file, *options, tmp_path / "link.html")[0] == 0
+    assert (tmp_path / "link.html").is_symlink()
+    assert (tmp_path / "target.html").read_text(encoding="utf-8").lower().startswith("<!doctype html")
+
+    os.mkfifo(tmp_path / "pipe")
+    received: list[str] = []
+    reader = threading.Thread(target=lambda: received.append((tmp_path / "pipe").read_text(encoding="utf-8")))
+    reader.start()
+    assert run(capsys, file, *options, tmp_path / "pipe")[0] == 0
+    reader.join()
+    assert received == [(tmp_path / "target.html").read_text(encoding="utf-8")]
+    assert (tmp_path / "pipe").is_fifo()
+
+    assert run(capsys, file, *options, "/dev/null")[0] == 0
+    assert not Path("/dev/null").is_file()
+
+
+@pytest.mark.parametrize("format", ["terminal", "json", "html"])
+@pytest.mark.parametrize("out", ["/dev/full", ".", "/nowhere/file"])
+def test_faults_of_writing(
+    tmp_path: Path, chatml_tokenizer: Path, capsys: pytest.CaptureFixture[str], format: str, out: str
+) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
+    status, _, err = run(capsys, file, "--tokenizer", chatml_tokenizer, "--format", format, "--out", out)
+    assert status == 2
+    assert re.fullmatch(rf"burnish: error: --out={out} cannot be written: [^\n]*; name another file with --out\n", err)
+
+
+def test_boundaries_are_the_terminals(capsys: pytest.CaptureFixture[str]) -> None:
+    for format in ("json", "html"):
+        status, _, err = run(capsys, "x.jsonl", "--tokenizer", "t", "--tokens", "--format", format, "--out", "y")
+        assert (status, "--tokens is for --format terminal" in err) == (2, True)

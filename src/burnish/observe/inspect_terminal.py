@@ -40,13 +40,20 @@ def _named(character: str) -> str:
     return "\u2421" if code == 0x7F else f"<U+{code:04X}>"
 
 
+class _Console(Console):
+    """rich's, which leaves to the caller what becomes of a reader that went away: it is called while that is caught."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
 class Terminal:
     """Writes to `file`. With `tokens` the tokens' boundaries are shown."""
 
     def __init__(self, file: TextIO, tokens: bool = False) -> None:
         if hasattr(file, "reconfigure"):
             file.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
-        self._console = Console(file=file, highlight=False, markup=False, emoji=False)
+        self._console = _Console(file=file, highlight=False, markup=False, emoji=False)
         self._plain = self._console.no_color or not self._console.is_terminal or self._console.is_dumb_terminal
         if not self._console.is_terminal:
             self._console.width = _PLAIN_WIDTH
