@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from burnish.data.corpus import Corpus
 from burnish.data.order import Order
 from burnish.data.prepare import DROPPED, Item, PreparedRow, PreparePool, Preparer, Rejected, counted, counts_text
 from burnish.data.rows import Rows
-from burnish.data.source import CHUNK, BatchSize, RowsError, RowSource, SampleLengths
+from burnish.data.source import CHUNK, BatchSize, FirstOfKind, RowsError, RowSource, SampleLengths
 from burnish.data.store import StoredPreparation, TokenStore
 from burnish.types import Sample, UserError
 
@@ -34,6 +35,8 @@ class Preparation:
     num_trained: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     """As `counted` names them."""
+    first_of_kind: dict[str, str] = field(default_factory=dict)
+    """By kind: see `FirstOfKind`."""
 
 
 class Feed:
@@ -72,6 +75,8 @@ class Feed:
         self._empty: frozenset[int] = frozenset()
         """Held-out sources of which no row is left."""
         self._prepare = StoredPreparation(pool.map, stores).map
+        self._first_of_kind: dict[str, dict[str, str]] = {}
+        """By training source, where all rows were prepared first."""
 
     def __enter__(self) -> Feed:
         return self
@@ -83,11 +88,13 @@ class Feed:
         """The training rows as a source of batches."""
         streams = {i: s.rows for i, s in enumerate(self.corpus.train) if not isinstance(s.rows, Rows)}
         selected = {i: s.selected for i, s in enumerate(self.corpus.train) if s.selected is not None}
-        return RowSource(order, self._prepare, size, selected, streams, self.stop_on)
+        first = FirstOfKind(self._first_of_kind)
+        return RowSource(order, self._prepare, size, self._where, selected, streams, self.stop_on, first=first)
 
     def prepare_training(self) -> list[Preparation]:
         """Prepare every training row. Raises RowsError that lists the rows which stop the run."""
         found = self._prepare_all(range(len(self.corpus.train)))
+        self._first_of_kind = {s.name: p.first_of_kind for s, p in zip(self.corpus.train, found, strict=True)}
         if not any(source.counts["kept"] for source in found):
             raise UserError(
                 f"no training row is left: {self._dropped(found)}; look at data.bad_rows and data.over_long"
@@ -134,10 +141,12 @@ class Feed:
         """Prepare the rows of a source; returns with it what stops the run."""
         stopping: list[Rejected] = []
         tokens, starts = array("i"), array("q", [0])
-        num_trained, counts = 0, Counter[str]()
+        num_trained, counts, first = 0, Counter[str](), FirstOfKind()
         for row in self.rows(index):
             for offset, prepared in enumerate(row):
-                counts.update(counted(prepared, offset))
+                kinds = counted(prepared, offset)
+                counts.update(kinds)
+                first.see(prepared, kinds, partial(self._where, index, prepared.index))
                 if isinstance(prepared, Sample):
                     tokens.append(len(prepared.tokens))
                     num_trained += prepared.num_trained
@@ -147,7 +156,12 @@ class Feed:
         if counts.keys() - {"kept"}:
             LOG.info("%s: %s", self.corpus.sources[index].name, counts_text(counts))
         lengths = SampleLengths(np.array(tokens, np.int32), np.array(starts, np.int64))
-        return Preparation(lengths, num_trained, counts), stopping
+        return Preparation(lengths, num_trained, counts, first.found.get(self.corpus.sources[index].name, {})), stopping
+
+    def _where(self, index: int, row: int) -> str:
+        rows = self.corpus.sources[index].rows
+        assert isinstance(rows, Rows), f"{self.corpus.sources[index].name} is a stream, whose rows say where they stand"
+        return rows.where(row)
 
     def rows(self, index: int) -> Iterator[PreparedRow]:
         """What becomes of each row of a source, in file order."""

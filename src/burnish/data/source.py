@@ -26,13 +26,15 @@ LOG = logging.getLogger(__name__)
 CHUNK = 64
 """Rows sent to a tokenising process at a time."""
 ORDINARY = ("kept", "further")
-"""What is counted of every source; the first row of any other kind is worth a line."""
+"""What is counted of every source; the first of any other kind is worth a line."""
 
 
 class RowsError(UserError):
     """A row stops the run: bad or over-long where the recipe says `error`. What was trained before is worth saving."""
 
 
+Where = Callable[[int, int], str]
+"""Where a row (index of its source, number) stands, for messages."""
 PrepareRows = Callable[[Iterable[Sequence[Item]]], Iterator[list[PreparedRow]]]
 """Maps chunks of rows to what became of each, in order."""
 
@@ -59,12 +61,42 @@ class Cursor(NamedTuple):
     offset: int = 0
 
 
+class FirstOfKind:
+    """By source, of each kind that `counted` names and that is not ordinary: the place of its first, and why there.
+
+    Each is logged once, when it is found.
+    """
+
+    def __init__(self, found: Mapping[str, Mapping[str, str]] | None = None) -> None:
+        self.found = {source: dict(kinds) for source, kinds in (found or {}).items()}
+
+    def see(self, prepared: Prepared, kinds: Iterable[str], where: Callable[[], str]) -> None:
+        """Take note of what is counted as `kinds`, of a row that stands at `where()`."""
+        for kind in kinds:
+            if kind not in ORDINARY and kind not in self.found.get(prepared.source, {}):
+                self.add(prepared.source, kind, _reason(prepared, where()))
+
+    def add(self, source: str, kind: str, reason: str) -> None:
+        """Take note of `reason`, unless one is known for the kind."""
+        kinds = self.found.setdefault(source, {})
+        if kind not in kinds:
+            kinds[kind] = reason
+            LOG.info("%s: first %s: %s", source, kind.replace("_", "-"), reason)
+
+
+def _reason(prepared: Prepared, where: str) -> str:
+    if isinstance(prepared, Rejected):
+        return prepared.message
+    return where if prepared.turn is None else f"{where}, messages[{prepared.turn}]"
+
+
 class _Next(NamedTuple):
-    """A sample, or why there is none, and the cursors before and behind it."""
+    """A sample, or why there is none, the cursors before and behind it, and the row it is of."""
 
     before: Cursor
     behind: Cursor
     prepared: Prepared
+    item: Item
 
 
 @dataclass
@@ -78,6 +110,7 @@ class RowSource:
     order: Order
     prepare: PrepareRows
     size: BatchSize
+    where: Where
     selected: Mapping[int, np.ndarray] = field(default_factory=dict)
     streams: Mapping[int, Stream] = field(default_factory=dict)
     stop_on: frozenset[str] = frozenset({"bad", "over_long"})
@@ -85,6 +118,8 @@ class RowSource:
     cursor: Cursor = field(default_factory=Cursor)
     counts: dict[str, Counter[str]] = field(default_factory=dict)
     """By source, of all up to the cursor: see `counted`."""
+    first: FirstOfKind = field(default_factory=FirstOfKind)
+    """Up to the cursor, or of all rows where they were prepared first."""
     _feed: Iterator[_Next] | None = None
     _held: _Next | None = None
     _stream_starts: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -130,12 +165,10 @@ class RowSource:
 
     def _count(self, following: _Next) -> None:
         prepared = following.prepared
-        counts = self.counts.setdefault(prepared.source, Counter())
-        for what in counted(prepared, following.before.offset):
-            if what not in counts and what not in ORDINARY:
-                kind = what.replace("_", "-")
-                LOG.info("%s: row %d is the first counted as %s", prepared.source, prepared.index, kind)
-            counts[what] += 1
+        kinds = counted(prepared, following.before.offset)
+        self.counts.setdefault(prepared.source, Counter()).update(kinds)
+        item = following.item
+        self.first.see(prepared, kinds, lambda: item.where if isinstance(item, StreamedRow) else self.where(*item))
 
     def _dropped_next(self, epoch: int) -> _Next | None:
         """What comes next in this epoch, where it is dropped; None where it is not."""
@@ -157,12 +190,16 @@ class RowSource:
         return {
             **self.cursor._asdict(),
             "counts": {name: dict(counter) for name, counter in self.counts.items()},
+            "first_of_kind": {name: dict(kinds) for name, kinds in self.first.found.items()},
             "streams": self._stream_starts.get(self.cursor.epoch, {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.cursor = Cursor(state["epoch"], state["position"], state.get("offset", 0))
         self.counts = {name: Counter(counter) for name, counter in state["counts"].items()}
+        for name, kinds in state.get("first_of_kind", {}).items():
+            for kind, reason in kinds.items():
+                self.first.add(name, kind, reason)
         for index, stream in self.streams.items():
             if str(index) in state["streams"]:
                 stream.load_state_dict(state["streams"][str(index)])
@@ -178,16 +215,16 @@ class RowSource:
     def _from(self, cursor: Cursor) -> Iterator[_Next]:
         rows = self._rows_from(cursor.epoch, cursor.position)
         skipped = cursor.offset
-        for epoch, position, row in rows:
+        for epoch, position, item, row in rows:
             for offset in range(skipped, len(row)):
                 is_last = offset + 1 == len(row)
                 behind = Cursor(epoch, position + 1) if is_last else Cursor(epoch, position, offset + 1)
-                yield _Next(Cursor(epoch, position, offset), behind, row[offset])
+                yield _Next(Cursor(epoch, position, offset), behind, row[offset], item)
             skipped = 0
 
-    def _rows_from(self, epoch: int, position: int) -> Iterator[tuple[int, int, PreparedRow]]:
-        """(epoch, position, what becomes of the row there), without end."""
-        places: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+    def _rows_from(self, epoch: int, position: int) -> Iterator[tuple[int, int, Item, PreparedRow]]:
+        """(epoch, position, the row there, what becomes of it), without end."""
+        places: queue.SimpleQueue[tuple[int, int, list[Item]]] = queue.SimpleQueue()
 
         def chunks() -> Iterator[list[Item]]:
             e, p = epoch, position
@@ -195,16 +232,17 @@ class RowSource:
                 blocks = self._read_blocks(e)
                 while p < self.order.epoch_length:
                     positions = np.arange(p, min(p + CHUNK, self.order.epoch_length))
-                    places.put((e, p))
                     pairs = zip(*(a.tolist() for a in self.order.at(e, positions)), strict=True)
-                    yield [self._item(source, row, blocks) for source, row in pairs]
+                    items = [self._item(source, row, blocks) for source, row in pairs]
+                    places.put((e, p, items))
+                    yield items
                     p += len(positions)
                 e, p = e + 1, 0
 
         for chunk in self.prepare(chunks()):
-            e, start = places.get()
-            for i, row in enumerate(chunk):
-                yield e, start + i, row
+            e, start, items = places.get()
+            for i, (item, row) in enumerate(zip(items, chunk, strict=True)):
+                yield e, start + i, item, row
 
     def _read_blocks(self, epoch: int) -> dict[int, list[StreamedRow]]:
         """The rows of an epoch of each stream, whose places before it are kept for the cursor."""

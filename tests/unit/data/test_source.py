@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -13,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from burnish.data.order import Order
-from burnish.data.prepare import Item, Prepared, PreparedRow, Rejected
-from burnish.data.source import BatchSize, Prefetch, RowsError, RowSource, SampleLengths, count_steps
-from burnish.types import Sample, UserError
+from burnish.data.prepare import Item, Prepared, PreparedRow, Rejected, StreamedRow
+from burnish.data.source import BatchSize, FirstOfKind, Prefetch, RowsError, RowSource, SampleLengths, count_steps
+from burnish.types import Sample, Status, UserError
 
 KEPT_ALL: dict[int, str] = {}
 
@@ -37,7 +38,11 @@ def make_source(
         length = row % 7 + 2
         return Sample(np.full(length, row, np.int32), np.eye(1, length, 1, np.float32)[0], "a", row)
 
-    return RowSource(Order([num_rows], [None], seed=3, **order), prepare, size, stop_on=frozenset(stop_on))
+    return RowSource(Order([num_rows], [None], seed=3, **order), prepare, size, where, stop_on=frozenset(stop_on))
+
+
+def where(source: int, row: int) -> str:
+    return f"{'ab'[source]}.jsonl:{row + 1}"
 
 
 def make_several(
@@ -57,7 +62,7 @@ def make_several(
             for turn, n in enumerate(lengths[row])
         ]
 
-    return RowSource(order or Order([len(lengths)], [None], seed=3), prepare, size, stop_on=frozenset(stop_on))
+    return RowSource(order or Order([len(lengths)], [None], seed=3), prepare, size, where, stop_on=frozenset(stop_on))
 
 
 def sample_lengths(rows: Sequence[Sequence[int]]) -> SampleLengths:
@@ -177,18 +182,80 @@ def test_a_batch_that_ends_within_a_row_counts_its_samples_and_the_row_once() ->
     assert source.state_dict()["counts"] == {"a": {"kept": 4, "bad": 1, "further": 3}}
 
 
-def test_the_first_row_of_each_kind_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    rejected = {3: "over_long", 5: "over_long", 6: "bad"}
-    source = make_source(8, BatchSize("samples", 3), rejected, shuffle=False)
+FIRST_REJECTED = {3: "over_long", 5: "over_long", 6: "bad"}
+FIRST_SAID = ["a: first over-long: a:3: over_long", "a: first bad: a:6: bad"]
+
+
+def test_the_first_of_each_kind_is_said_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    source = make_source(8, BatchSize("samples", 3), FIRST_REJECTED, shuffle=False)
     with caplog.at_level("INFO", "burnish"):
         take(source, 6)
-    assert caplog.messages == ["a: row 3 is the first counted as over-long", "a: row 6 is the first counted as bad"]
+    assert caplog.messages == FIRST_SAID
+    assert source.state_dict()["first_of_kind"] == {"a": {"over_long": "a:3: over_long", "bad": "a:6: bad"}}
 
 
-def test_a_cursor_saved_before_rows_gave_several_samples_still_loads() -> None:
-    source = make_source(20, BatchSize("samples", 4), shuffle=False)
-    source.load_state_dict({"epoch": 0, "position": 8, "counts": {"a": {"kept": 8}}, "streams": {}})
-    assert take(source, 1) == [[8, 9, 10, 11]]
+def test_a_resume_says_what_was_first_before_it(caplog: pytest.LogCaptureFixture) -> None:
+    source = make_source(8, BatchSize("samples", 3), FIRST_REJECTED, shuffle=False)
+    take(source, 1)
+    state = json.loads(json.dumps(source.state_dict()))
+    take(source, 1)
+    assert state["first_of_kind"] == {"a": {"over_long": "a:3: over_long"}}, "of what was handed out, no more"
+    resumed = make_source(8, BatchSize("samples", 3), FIRST_REJECTED, shuffle=False)
+    with caplog.at_level("INFO", "burnish"):
+        resumed.load_state_dict(state)
+        assert caplog.messages == FIRST_SAID[:1]
+        take(resumed, 4)
+    assert caplog.messages == FIRST_SAID
+
+
+def test_what_was_found_when_rows_were_prepared_is_not_said_again(caplog: pytest.LogCaptureFixture) -> None:
+    source = make_source(8, BatchSize("samples", 3), FIRST_REJECTED, shuffle=False)
+    source.first = FirstOfKind({"a": {"over_long": "a:5: over_long"}})
+    with caplog.at_level("INFO", "burnish"):
+        take(source, 6)
+    assert caplog.messages == FIRST_SAID[1:]
+    assert source.state_dict()["first_of_kind"]["a"]["over_long"] == "a:5: over_long"
+
+
+def test_a_notice_and_a_cut_are_said_with_their_place(caplog: pytest.LogCaptureFixture) -> None:
+    def prepare(chunks: Iterable[Sequence[Item]]) -> Iterator[list[PreparedRow]]:
+        for chunk in chunks:
+            yield [[make_sample(item)] for item in chunk]
+
+    def make_sample(item: Item) -> Sample:
+        source, row = (item.source, item.index) if isinstance(item, StreamedRow) else item
+        kept = Sample(np.full(3, row, np.int32), np.eye(1, 3, 1, np.float32)[0], "ab"[source], row)
+        if row < 2:
+            return kept
+        return replace(kept, notices=("open_turn",), status=Status.TRUNCATED, turn=None if source else 3)
+
+    class OneStream:
+        """Reads nothing twice; stands for a Stream."""
+
+        def read(self, count: int) -> list[tuple[str, dict[str, Any]]]:
+            return [(f"hub row {row}", {}) for row in range(count)]
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+    order = Order([4, 4], [None, None], seed=3, shuffle=False)
+    streams: Any = {1: OneStream()}
+    source = RowSource(order, prepare, BatchSize("samples", 8), where, streams=streams)
+    with caplog.at_level("INFO", "burnish"):
+        source.next()
+    assert sorted(caplog.messages) == [
+        "a: first cut: a.jsonl:3, messages[3]",
+        "a: first open-turn: a.jsonl:3, messages[3]",
+        "b: first cut: hub row 2",
+        "b: first open-turn: hub row 2",
+    ]
+
+
+def test_a_cursor_of_an_older_version_still_loads() -> None:
+    source = make_source(20, BatchSize("samples", 4), {12: "bad"}, shuffle=False)
+    source.load_state_dict({"epoch": 0, "position": 8, "counts": {"a": {"kept": 7, "bad": 1}}, "streams": {}})
+    assert take(source, 2) == [[8, 9, 10, 11], [13, 14, 15, 16]]
+    assert source.state_dict()["first_of_kind"] == {"a": {"bad": "a:12: bad"}}, "the first since"
 
 
 def test_a_bad_sample_stops_the_run_behind_the_ones_before_it_in_its_row() -> None:
