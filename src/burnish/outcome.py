@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ KINDS = {"packed": "packed", "rows": "one document a row", "single": "one docume
 ORDINARY = ("rows", "samples", "kept")
 """What is counted of every source. What is neither of these nor of `CHANGED` is a kind of notice."""
 CHANGED = ("cut", *DROPPED)
+WORTH_A_WARNING = 0.1
+"""Share of a source's samples beyond which that they were dropped is a warning."""
 SHOWN_SAMPLES = 3
 """Rendered samples of each source in the report."""
 
@@ -74,11 +76,21 @@ def start_facts(parts: Components, length: RunLength) -> list[tuple[str, str]]:
     return facts
 
 
-def write_facts(parts: Components, folder: RunFolder) -> None:
-    """recipe.yaml, environment.json, data.json and model/: what the run is made of."""
+def write_facts(
+    parts: Components, folder: RunFolder, prepared: Sequence[Preparation] | None, held_out: Sequence[Preparation]
+) -> None:
+    """recipe.yaml, environment.json, data.json and model/: what the run is made of.
+
+    data.json has the counts of the sources that were prepared: `held_out`, and the training ones where `prepared` is
+    given.
+    """
     write_whole(folder.path / "recipe.yaml", dump(parts.recipe))
     folder.write_json("environment.json", environment(str(parts.device)))
-    folder.write_json("data.json", {"date": parts.date, **parts.corpus.facts()})
+    data = parts.corpus.facts()
+    for part, found in (("train", prepared or ()), ("validation", held_out)):
+        for source, preparation in zip(data[part], found, strict=bool(found)):
+            source |= {"counts": count_rows(preparation.counts), "first_of_kind": preparation.first_of_kind}
+    folder.write_json("data.json", {"date": parts.date, **data})
     model = folder.path / "model"
     model.mkdir(exist_ok=True)
     folder.write_json("model/config.json", parts.loaded.model.config)
@@ -95,16 +107,17 @@ def trained_rows(folder: RunFolder) -> dict[str, int | None]:
 
 
 def summarise(
-    run: Run,
-    counts: Mapping[str, Mapping[str, int]],
-    held_out_counts: Mapping[str, Mapping[str, int]],
-    export: Path | None,
+    run: Run, cursor: Mapping[str, Any], held_out: Mapping[str, Preparation], export: Path | None
 ) -> dict[str, Any]:
     """summary.json. Times, totals and counts of rows are of the whole run, over all starts and epochs.
 
-    `counts` and `held_out_counts` are by source, as `counted` names them.
+    `cursor` is the state of the training source (`RowSource`), `held_out` by source.
     """
-    progress = run.progress
+    counts, progress = cursor["counts"], run.progress
+    first = {
+        name: {kind: reason for kind, reason in kinds.items() if kind in counts.get(name, {})}
+        for name, kinds in cursor["first_of_kind"].items()
+    }
     run.count_time()
     lines = read(run.folder.metrics)
     steps = [line for line in lines if "loss" in line]
@@ -125,7 +138,11 @@ def summarise(
         "best_eval_loss": progress.best_loss,
         "best_step": progress.best_step,
         "rows": {name: count_rows(of_source) for name, of_source in counts.items()},
-        "held_out_rows": {name: count_rows(of_source) for name, of_source in held_out_counts.items()},
+        "first_of_kind": {name: kinds for name, kinds in first.items() if kinds},
+        "held_out_rows": {name: count_rows(found.counts) for name, found in held_out.items()},
+        "held_out_first_of_kind": {
+            name: found.first_of_kind for name, found in held_out.items() if found.first_of_kind
+        },
         "export": None if export is None else str(export),
     }
 
@@ -152,33 +169,43 @@ def result_facts(summary: Mapping[str, Any], folder: RunFolder) -> list[tuple[st
     return facts
 
 
+def dropped_warnings(summary: Mapping[str, Any]) -> list[str]:
+    """A line for each source of which more than a tenth of the samples was dropped, with the first of most of them."""
+    lines = []
+    for name, counts, first in _counts_by_source(summary):
+        dropped = {kind: counts[kind] for kind in DROPPED if kind in counts}
+        number, total = sum(dropped.values()), sum(dropped.values()) + counts.get("kept", 0)
+        if number > WORTH_A_WARNING * total:
+            kind = max(dropped, key=dropped.__getitem__)
+            lines.append(f"{name}: dropped {number:,} of {total:,} samples{_first_text(first, kind, '; ')}")
+    return lines
+
+
+def _counts_by_source(summary: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, int], Mapping[str, str]]]:
+    """(name, counts, first of each kind) of every source; summaries of older versions have no first ones."""
+    for prefix, suffix in (("", ""), ("held_out_", " (held out)")):
+        first = summary.get(f"{prefix}first_of_kind", {})
+        for name, counts in summary[f"{prefix}rows"].items():
+            yield f"{name}{suffix}", counts, first.get(name, {})
+
+
+def _first_text(first: Mapping[str, str], kind: str, before: str = ", ") -> str:
+    return f"{before}first: {first[kind]}" if kind in first else ""
+
+
 def _count_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What became of rows, by source: nothing of those that were all kept as they are."""
-    by_source = {
-        f"{name}{suffix}": counts
-        for suffix, sources in (("", summary["rows"]), (" (held out)", summary["held_out_rows"]))
-        for name, counts in sources.items()
-    }
-
-    def told(is_told: Callable[[str], bool]) -> str:
-        return "; ".join(
-            f"{name}: {number:,} {kind.replace('_', '-')}"
-            for name, counts in by_source.items()
-            for kind, number in counts.items()
-            if is_told(kind)
-        )
-
-    several = (
-        f"{name}: {counts['samples']:,} of {counts['rows']:,} rows"
-        for name, counts in by_source.items()
-        if "samples" in counts
-    )
-    facts = [
-        ("samples", "; ".join(several)),
-        ("dropped or cut", told(lambda kind: kind in CHANGED)),
-        ("noticed", told(lambda kind: kind not in (*ORDINARY, *CHANGED))),
-    ]
-    return [(label, text) for label, text in facts if text]
+    samples, dropped, noticed = [], [], []
+    for name, counts, first in _counts_by_source(summary):
+        if "samples" in counts:
+            samples.append(("samples", f"{name}: {counts['samples']:,} of {counts['rows']:,} rows"))
+        for kind, number in counts.items():
+            text = f"{name}: {number:,} {kind.replace('_', '-')}{_first_text(first, kind)}"
+            if kind in CHANGED:
+                dropped.append(("dropped or cut", text))
+            elif kind not in ORDINARY:
+                noticed.append(("noticed", text))
+    return [*samples, *dropped, *noticed]
 
 
 def write_run_report(
@@ -191,7 +218,7 @@ def write_run_report(
 ) -> None:
     """report.html, from what the run left in its folder and from the first rows of its sources.
 
-    data.json gets the counts of each source, which `write_facts` could not know yet.
+    data.json gets the counts of the whole run, which `write_facts` could not know yet.
     """
     _write_counts(folder, summary)
     answers = folder.answers.read_text(encoding="utf-8").splitlines() if folder.answers.exists() else []
@@ -202,6 +229,7 @@ def write_run_report(
             source.name,
             "train",
             summary["rows"].get(source.name, {}),
+            summary["first_of_kind"].get(source.name, {}),
             sum(line.get(f"tokens/{source.name}", 0) for line in metrics),
             sum(line.get(f"trained_tokens/{source.name}", 0) for line in metrics),
             LengthDistribution.of([len(sample.tokens) for sample in samples]),
@@ -213,6 +241,7 @@ def write_run_report(
             source.name,
             "validation",
             summary["held_out_rows"][source.name],
+            found.first_of_kind,
             int(found.lengths.tokens.sum()),
             found.num_trained,
             LengthDistribution.of(found.lengths.tokens.tolist()),
@@ -234,9 +263,10 @@ def write_run_report(
 
 def _write_counts(folder: RunFolder, summary: Mapping[str, Any]) -> None:
     facts = json.loads((folder.path / "data.json").read_text(encoding="utf-8"))
-    for part, counts in (("train", summary["rows"]), ("validation", summary["held_out_rows"])):
+    for part, prefix in (("train", ""), ("validation", "held_out_")):
         for source in facts[part]:
-            source["counts"] = counts.get(source["name"], {})
+            source["counts"] = summary[f"{prefix}rows"].get(source["name"], {})
+            source["first_of_kind"] = summary[f"{prefix}first_of_kind"].get(source["name"], {})
     folder.write_json("data.json", facts)
 
 
@@ -265,9 +295,15 @@ def _rendered(tokenizer: TextTokenizer, sample: Sample) -> RenderedSample:
 
 
 def _source_summary(
-    name: str, split: str, counts: Mapping[str, int], tokens: int, num_trained: int, lengths: LengthDistribution | None
+    name: str,
+    split: str,
+    counts: Mapping[str, int],
+    first: Mapping[str, str],
+    tokens: int,
+    num_trained: int,
+    lengths: LengthDistribution | None,
 ) -> SourceSummary:
-    dropped = {kind.replace("_", "-"): n for kind, n in counts.items() if kind in DROPPED}
+    dropped = {kind.replace("_", "-") + _first_text(first, kind): n for kind, n in counts.items() if kind in DROPPED}
     kept = counts.get("kept", 0)
     rows = counts.get("rows", kept + sum(dropped.values()))
     return SourceSummary(name, split, rows, kept, dropped, counts.get("cut", 0), tokens, num_trained, lengths)

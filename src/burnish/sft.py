@@ -30,7 +30,15 @@ from burnish.observe.console import Console, logging_to
 from burnish.observe.environment import versions
 from burnish.observe.metrics import MetricsWriter, StepWindow, Stopwatch, cut
 from burnish.observe.trackers import open_trackers
-from burnish.outcome import result_facts, start_facts, summarise, trained_rows, write_facts, write_run_report
+from burnish.outcome import (
+    dropped_warnings,
+    result_facts,
+    start_facts,
+    summarise,
+    trained_rows,
+    write_facts,
+    write_run_report,
+)
 from burnish.recipe import dump, read_recipe, recipe_from_dict
 from burnish.resume import altering_keys, check_resumable
 from burnish.run import Progress, Run, RunFolder, stop_on_signals
@@ -249,7 +257,7 @@ class SFT:
         recipe, parts, folder = self.recipe, self.parts, self.folder
         progress = self._progress = session.progress or Progress()
         resumed_step = None if session.progress is None else progress.step
-        write_facts(parts, folder)
+        write_facts(parts, folder, session.prepared, session.held_out)
         folder.summary.unlink(missing_ok=True)  # of an earlier end, beyond which this run goes
         for file in (folder.metrics, folder.answers):
             cut(file, -1 if resumed_step is None else resumed_step)
@@ -326,13 +334,14 @@ class SFT:
         if checkpoint.export != "never":
             exported = _export(self.parts, self.recipe, self.folder, progress, self.folder.export(progress.step))
         sources = self.parts.corpus.validation
-        held_out = {s.name: dict(found.counts) for s, found in zip(sources, session.held_out, strict=True)}
-        counts = session.source.state_dict()["counts"]
-        summary = summarise(run, counts, held_out, exported)
+        held_out = {s.name: found for s, found in zip(sources, session.held_out, strict=True)}
+        summary = summarise(run, session.source.state_dict(), held_out, exported)
         write_run_report(self.parts, self.folder, session.feed, session.held_out, session.length, summary)
         self.folder.write_json(self.folder.summary.name, summary)
         session.console.close()
         session.console.facts("finished", result_facts(summary, self.folder))
+        for line in dropped_warnings(summary):
+            LOG.warning(line)
         return Result(summary, self.folder.path, exported)
 
 

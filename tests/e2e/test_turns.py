@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import random
+import re
 from typing import Any
 
 import pytest
@@ -76,6 +78,47 @@ def test_epochs_counts_and_a_resume_within_a_row(workshop: Workshop, chats: dict
     assert again["rows"] == found["rows"]
     first, second = weights(workshop.folder / "runs" / "whole"), weights(workshop.folder / "runs" / "resumed")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("prepare", ["ahead", "first"])
+def test_why_samples_were_dropped_is_said_once_a_start_and_written_down(workshop: Workshop, prepare: str) -> None:
+    exchange = [{"role": "user", "content": "1 and 2"}, {"role": "assistant", "content": "the answer is 3"}]
+    broken = [*exchange, {"role": "user", "content": "and"}, {"role": "assistant", "content": 5}]
+    rows = [exchange * 2] * 3 + [broken] * 12 + [exchange * 2] * 25
+    write_jsonl(workshop.folder / "train.jsonl", [{"messages": messages} for messages in rows])
+    data = {**SECTIONS["data"], "bad_rows": "drop", "prepare": prepare, "shuffle": False}
+    recipe = str(workshop.recipe(train={"steps": 8}, **{**SECTIONS, "data": data}))
+    output = workshop.burnish("sft", recipe)
+    run = workshop.folder / "runs" / "whole"
+    found = json.loads((run / "summary.json").read_text())
+    reason = found["first_of_kind"]["train"]["bad"]
+    assert reason.startswith("train.jsonl:4: messages[3]"), reason
+    assert output.count(f"train: first bad: {reason}\n") == 1
+    dropped, total = found["rows"]["train"]["bad"], sum(found["rows"]["train"][kind] for kind in ("bad", "kept"))
+    assert f"warning: train: dropped {dropped} of {total} samples; first: {reason}\n" in output
+    assert f"train: first bad: {reason}\n" in (run / "logs" / "rank-0.log").read_text()
+    assert json.loads((run / "data.json").read_text())["train"][0]["first_of_kind"] == {"bad": reason}
+    assert html.escape(f"bad, first: {reason}") in (run / "report.html").read_text()
+
+    checkpoint = run / "checkpoints" / "iter_0000004"
+    assert read_state(checkpoint)["cursor"]["first_of_kind"] == {"train": {"bad": reason}}
+    resumed = workshop.burnish("sft", recipe, "run.dir=runs/resumed", f"checkpoint.resume={checkpoint}")
+    assert resumed.count(f"train: first bad: {reason}\n") == 1
+    again = json.loads((workshop.folder / "runs" / "resumed" / "summary.json").read_text())
+    assert (again["rows"], again["first_of_kind"]) == (found["rows"], found["first_of_kind"])
+
+
+def test_a_run_that_breaks_leaves_the_counts_of_rows_prepared_first(
+    workshop: Workshop, chats: dict[str, list[dict[str, Any]]]
+) -> None:
+    broken = {**SECTIONS, "data": {**SECTIONS["data"], "prepare": "first"}, "optim": {"lr": 1e30, "clip_norm": None}}
+    workshop.burnish("sft", str(workshop.recipe(**broken)), status=1)
+    facts = json.loads((workshop.folder / "runs" / "whole" / "data.json").read_text())
+    for part, name, too_long in (("train", "train", 6), ("validation", "held", 2)):
+        turns = num_turns(chats[name])
+        counts = {"rows": len(chats[name]), "samples": turns, "kept": turns - too_long, "over_long": too_long}
+        assert facts[part][0]["counts"] == counts
+        assert re.match(rf"{name}\.jsonl:1, messages\[\d\]: \d+ tokens", facts[part][0]["first_of_kind"]["over_long"])
 
 
 def test_a_stream_of_turns_is_cut_by_samples(workshop: Workshop, chats: dict[str, list[dict[str, Any]]]) -> None:

@@ -61,7 +61,7 @@ class SourceSummary:
     """Rows read, `kept` and dropped ones together."""
     kept: int
     dropped: Mapping[str, int]
-    """Rows left out, by reason."""
+    """Rows left out, by kind, and the first of each."""
     cut: int
     """Kept rows that were truncated."""
     tokens: int
