@@ -281,6 +281,11 @@ class TextTokenizer:
                     last += int(not draft.holds_others(end, behind[1], turn.message))
                 loss_weights[first:last] = turn.weight
             notices += turn.notices
+            if turn.stop is not None and places.characters(places.first_token(turn.stop[0])) != turn.stop:
+                written = draft.text[slice(*turn.stop)]
+                notices.append(
+                    Notice("open_turn", f"messages[{turn.message}]: its end {written!r} is not one token here")
+                )
         if straddling:
             notices.append(
                 Notice("straddling", f"{straddling} tokens hold both trained and other characters, and count as whole")
@@ -343,6 +348,9 @@ class TextTokenizer:
 
     def _chat(self, conversation: Conversation) -> Chat:
         kwargs = {**self.template_kwargs, **conversation.template_kwargs}
+        reserved = kwargs.keys() & {"messages", "tools", "add_generation_prompt"}
+        if reserved:
+            raise RowError(f"chat_template_kwargs sets {min(reserved)}, which is not an argument; remove it")
         return Chat(self._template(conversation), conversation, kwargs)
 
     def _template(self, chat: Conversation) -> Template:

@@ -12,10 +12,12 @@ import operator
 import re
 import string
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from typing import Any, NoReturn, TypeVar
 
 from jinja2.filters import FILTERS
+from jinja2.runtime import Undefined
+from jinja2.utils import Namespace
 from markupsafe import Markup
 
 from burnish.types import Origin
@@ -226,6 +228,8 @@ class Traced(str):
         return _by_run(self, str.swapcase)
 
     def translate(self, table: Any, /) -> str:
+        if is_traced(table):
+            return derived(str.translate(self, table), self, table)
         return _by_run(self, lambda text: str.translate(text, table))
 
     def capitalize(self) -> str:
@@ -241,14 +245,18 @@ class Traced(str):
         return derived(str.center(self, width, fill), self, fill)
 
     def ljust(self, width: Any, fill: str = " ", /) -> str:
-        return joined((self, str.ljust(self, width, fill)[len(self) :]))
+        return joined((self, derived(str.ljust(self, width, fill)[len(self) :], fill)))
 
     def rjust(self, width: Any, fill: str = " ", /) -> str:
         text = str.rjust(self, width, fill)
-        return joined((text[: len(text) - len(self)], self))
+        return joined((derived(text[: len(text) - len(self)], fill), self))
 
     def zfill(self, width: Any, /) -> str:
         return derived(str.zfill(self, width), self)
+
+
+# What a template's own refusal says of a text's type.
+Traced.__name__, Traced.__module__ = "str", "builtins"
 
 
 class TracedMarkup(Markup):
@@ -422,9 +430,20 @@ def as_text(value: Any) -> str:
     if kind is Traced or kind is str or kind is Pass:
         return value
     text = str(value)
-    if isinstance(value, Markup | bytes) and type(text) is str:
-        return _make(text, ((len(text), LOST, OUTSIDE),))
-    return derived(text, value)
+    if kind in _OWN_WORDS or type(text) is not str:
+        return text
+    if isinstance(value, (*_SEARCHED, Namespace)):
+        return derived(text, value)
+    return _make(text, ((len(text), LOST, OUTSIDE),))
+
+
+def is_traced(value: Any) -> bool:
+    """Whether there is text of a known or lost author in a value."""
+    if type(value) is str:
+        return False
+    authors = set[Author]()
+    _collect(value, authors, None)
+    return bool(authors - {None})
 
 
 def joined_if_traced(pieces: Iterable[Any]) -> str:
@@ -479,9 +498,17 @@ def _collect(value: Any, authors: set[Author], containers: Mapping[int, Origin] 
         for key, item in value.items():
             _collect(key, authors, containers)
             _collect(item, authors, containers)
-    elif isinstance(value, list | tuple | set):
+    elif isinstance(value, Namespace):
+        _collect(object.__getattribute__(value, "_Namespace__attrs"), authors, containers)
+    elif isinstance(value, _SEARCHED):
         for item in value:
             _collect(item, authors, containers)
+
+
+_OWN_WORDS = frozenset({int, float, bool, complex, type(None), range, Undefined})
+"""Types of values whose text is the template's own."""
+_SEARCHED = (list, tuple, set, frozenset, Mapping, KeysView, ValuesView, ItemsView)
+"""Types of values that may hold texts, which are found there."""
 
 
 def _in_place_of(old: str, new: str) -> str:
@@ -523,22 +550,26 @@ def percent(form: str, values: Any) -> str:
 
 def formatted(formatter: string.Formatter, form: str, values: Sequence[Any], named: Mapping[str, Any]) -> str:
     """`str.format` with origins; a field with a conversion or a specification has the author of its value."""
+    whole = formatter.vformat(str.__str__(form), values, named)
     pieces: list[Any] = []
     numbered = 0
     for literal, field, specification, conversion in formatter.parse(form):
         # The literal with its braces undoubled is no slice of `form`, so its author is that of what stands there.
-        pieces.append(derived(literal, form) if isinstance(form, Traced) else literal)
+        pieces.append(derived(literal, form))
         if field is None:
             continue
-        if field == "" or not field.split(".")[0].split("[")[0]:
+        if "{" in (specification or ""):
+            return derived(whole, form, values, named)
+        if not field or field[0] in ".[":
             field, numbered = f"{numbered}{field}", numbered + 1
         value, _ = formatter.get_field(field, values, named)
         if conversion or specification:
             text = formatter.vformat(f"{{0{'!' + conversion if conversion else ''}:{specification}}}", (value,), {})
             pieces.append(derived(str.__str__(text), value))
         else:
-            pieces.append(value)
-    return joined_if_traced(pieces)
+            pieces.append(as_text(value))
+    text = joined_if_traced(pieces)
+    return text if text == whole else derived(whole, form, values, named)
 
 
 # --- Jinja's filters ---
@@ -598,6 +629,23 @@ def _format(value: str, *arguments: Any, **named: Any) -> str:
     return percent(value, named or arguments)
 
 
+def _numbered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that makes a number, which has the one author of what it was made of."""
+
+    @functools.wraps(function)
+    def number(value: Any, *arguments: Any, **options: Any) -> Any:
+        result = function(value, *arguments, **options)
+        authors = set[Author]()
+        _collect(value, authors, None)
+        authors.discard(None)
+        author = next(iter(authors)) if len(authors) == 1 else None
+        if isinstance(author, Origin) and type(result) in (int, float):
+            return trace_value(result, author, {})
+        return result
+
+    return number
+
+
 _JINJA_JOIN = FILTERS["join"]
 _FOLLOWED = (
     "capitalize", "center", "filesizeformat", "pprint", "replace", "striptags",
@@ -607,6 +655,7 @@ _FOLLOWED = (
 TRACED_FILTERS: Mapping[str, Callable[..., Any]] = {
     **{name: _following(FILTERS[name]) for name in _FOLLOWED},
     **{name: _marked_up(FILTERS[name]) for name in ("e", "escape", "forceescape", "safe")},
+    **{name: _numbered(FILTERS[name]) for name in ("int", "float", "abs", "round")},
     "string": as_text,
     "format": _format,
     "join": functools.wraps(_JINJA_JOIN)(_join),

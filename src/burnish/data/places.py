@@ -86,13 +86,13 @@ class ChatPlaces:
         """Of each token, that of its first character which the template did not write; else the template."""
         runs = self.rendering.runs
         stops = [(turn.stop, turn.message) for turn in turns if turn.stop is not None]
-        stops += untrained_stops(self.rendering, self.messages, turns, self.stops)
+        stops = sorted([*stops, *untrained_stops(self.rendering, self.messages, turns, self.stops)])
         first_run = np.searchsorted([run.end for run in runs], self.offsets[:, 0], "right").tolist()
+        next_stop = np.searchsorted([stop[1] for stop, _ in stops], self.offsets[:, 0], "right").tolist()
         found = []
-        for (start, end), first in zip(self.offsets.tolist(), first_run, strict=True):
-            ended = next((message for stop, message in stops if stop[0] <= start < stop[1]), None)
-            if ended is not None:
-                found.append(("template:end", ended))
+        for (start, end), first, ending in zip(self.offsets.tolist(), first_run, next_stop, strict=True):
+            if ending < len(stops) and stops[ending][0][0] <= start:
+                found.append(("template:end", stops[ending][1]))
                 continue
             held = first
             while runs[held].end < end and self._name(held) == "template":

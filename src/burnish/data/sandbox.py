@@ -19,6 +19,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace, pass_context
+from markupsafe import Markup
 
 from burnish.data.origin import (
     GENERATION_ENDS,
@@ -31,6 +32,7 @@ from burnish.data.origin import (
     as_text,
     enter,
     formatted,
+    is_traced,
     joined,
     joined_if_traced,
     percent,
@@ -272,7 +274,9 @@ class _TracedEnvironment(_Environment):
         return result
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        return percent(left, right) if isinstance(left, str) else super().call_binop(context, operator, left, right)
+        if isinstance(left, str) and not isinstance(left, Markup):
+            return percent(left, right)
+        return super().call_binop(context, operator, left, right)
 
     def wrap_str_format(self, value: Any) -> Any:
         if super().wrap_str_format(value) is None:
@@ -293,11 +297,9 @@ def _traced_method(method: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     """A method of the template's own text; where a row's text goes in, the result says so."""
     if method.__name__ == "join" and args:
         args = (list(args[0]),)
-    involved = list(args[0]) if method.__name__ == "join" and args else args
-    if any(type(value) is Traced for value in involved):
-        return getattr(Traced(method.__self__, ((len(method.__self__), None, HERE.now),)), method.__name__)(
-            *args, **kwargs
-        )
+    if is_traced((*args, *kwargs.values())):
+        words = Traced(method.__self__, ((len(method.__self__), None, HERE.now),))
+        return getattr(words, method.__name__)(*args, **kwargs)
     return method(*args, **kwargs)
 
 

@@ -122,6 +122,14 @@ class Chat:
     conversation: Conversation
     kwargs: Mapping[str, Any]
 
+    @property
+    def remedy(self) -> str:
+        """What may bring the prompt and the turn together."""
+        names = ", ".join(self.template.arguments)
+        if not names:
+            return "this template has no arguments that could make them agree"
+        return f"set data.chat_template_kwargs so that both agree (this template reads {names})"
+
     def with_messages(self, messages: Sequence[Message]) -> Chat:
         return replace(self, conversation=replace(self.conversation, messages=tuple(messages)))
 
@@ -255,8 +263,8 @@ def single_turn(chat: Chat, number: int, weight: float, selection: Selection, st
         raise _unsure(
             number,
             f"inference asks for the turn with {prompt.text[-30:]!r}, and the chat template writes "
-            f"{written.text[turn.start : turn.start + 40]!r}, which does not go on from there; set "
-            "data.chat_template_kwargs so that both agree (such as enable_thinking), or data.turn_per_sample to false",
+            f"{written.text[turn.start : turn.start + 40]!r}, which does not go on from there; {chat.remedy}, or set "
+            "data.turn_per_sample to false",
         )
     shift = len(prompt.text) - start
     runs = [*prompt.runs, *(_clipped(run, max(run.start, start), run.end) for run in written.runs if run.end > start)]

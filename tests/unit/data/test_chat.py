@@ -547,3 +547,107 @@ def test_data_workers_stay_light() -> None:
     code = f"import sys, burnish.data.prepare, burnish.data.store; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+# --- what a template leaves out, ends amid or cannot hold ---
+
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{{ '\\n' }}{% if m.reasoning_content %}"
+    "<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function|tojson }}</tool_call>{% endfor %}<|im_end|>{{ '\\n' }}"
+    "{% endfor %}" + ASK
+)
+CALL = Conversation((user("a"), answer("", reasoning="hm", tool_calls=(ToolCall("f", {}),))))
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [
+        (Selection(), ["<think>hm</think><tool_call>{CALL}</tool_call><|im_end|>"]),
+        (Selection(reasoning=False), ["<tool_call>{CALL}</tool_call><|im_end|>"]),
+        (Selection(tool_calls=False), ["<think>hm</think>", "<|im_end|>"]),
+        (Selection(reasoning=False, tool_calls=False), ["<|im_end|>"]),
+    ],
+)
+def test_marks_without_white_space_go_with_their_part(
+    plain: PreTrainedTokenizerFast, selection: Selection, expected: list[str]
+) -> None:
+    ours = with_template(plain, PARTS)
+    wanted = [text.replace("{CALL}", '{"name": "f", "arguments": {}}') for text in expected]
+    assert trained_texts(ours, ours.encode(CALL, selection)) == wanted
+
+
+def kinds(encoded: Encoded) -> list[str]:
+    return [notice.kind for notice in encoded.notices]
+
+
+def test_what_the_template_drops_is_noticed(plain: PreTrainedTokenizerFast) -> None:
+    assert kinds(with_template(plain, PARTS).encode(CALL)) == []
+    assert kinds(with_template(plain, LOOP).encode(CALL)) == ["dropped_reasoning", "dropped_tool_calls"]
+    thinking = Conversation((user("a"), answer("<think>hm</think>so")))
+    cut = LOOP.replace("m.content", "m.content.split('</think>')[-1]")
+    assert kinds(with_template(plain, cut).encode(thinking)) == ["dropped_reasoning"]
+    assert kinds(with_template(plain, LOOP).encode(thinking)) == []
+
+
+def test_an_end_that_nobody_declares_and_one_amid_a_turn_are_noticed(plain: PreTrainedTokenizerFast) -> None:
+    theirs: Any = copy.deepcopy(plain)
+    theirs.add_special_tokens({"additional_special_tokens": ["<stop>"]})
+    ours = with_template(theirs, LOOP.replace("<|im_end|>", "<stop>"))
+    assert kinds(ours.encode(Conversation((user("a"), answer("b"))))) == ["undeclared_stop"]
+    twice = LOOP.replace("+ m.content +", "+ m.content + '<|im_end|>' + m.content +")
+    assert kinds(with_template(plain, twice).encode(Conversation((user("a"), answer("b"))))) == ["stop_amid_turn"]
+
+
+def test_a_mark_that_closes_a_part_ends_no_turn(plain: PreTrainedTokenizerFast) -> None:
+    theirs: Any = copy.deepcopy(plain)
+    theirs.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    template = PARTS.replace("<|im_end|>", "{% if m.role == 'user' or m.content %}<|im_end|>{% endif %}")
+    chat = Conversation((user("a"), answer("", reasoning="hm")))
+    ours = with_template(theirs, template)
+    assert kinds(ours.encode(chat)) == ["open_turn"]
+    with pytest.raises(RowError, match="no end-of-turn token"):
+        ours.encode(chat, Selection(open_turns="error"))
+
+
+def test_a_turn_that_the_template_skips_is_absent_though_others_say_the_same(plain: PreTrainedTokenizerFast) -> None:
+    ours = with_template(plain, LOOP.replace("m in messages", "m in messages if m.content != 'Hi'"))
+    chat = Conversation((answer("Hi"), user("Hi there"), answer("fine")))
+    assert trained_texts(ours, ours.encode(chat)) == ["fine<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "{% for i in range(0, messages|length, 2) %}U: {{ messages[i].content }}{{ '\\n' }}A: "
+        "{{ messages[i + 1].content }}<|im_end|>{{ '\\n' }}{% endfor %}",
+        "{% for q, r in messages|batch(2, none) %}U: {{ q.content }}{{ '\\n' }}A: "
+        "{{ r.content if r else '' }}{% if r %}<|im_end|>{{ '\\n' }}{% endif %}{% endfor %}",
+    ],
+)
+def test_a_pass_may_write_two_turns(plain: PreTrainedTokenizerFast, loop: str) -> None:
+    ours = with_template(plain, loop + "{% if add_generation_prompt %}{% endif %}")
+    chat = Conversation((user("one"), answer("two"), user("three"), answer("four")))
+    try:
+        encoded = ours.encode(chat)
+    except RowError as error:
+        assert "cannot be sure" in str(error)  # noqa: PT017 (a refusal is right where the prompt does not show the header)
+        return
+    assert "one" not in "".join(trained_texts(ours, encoded))
+
+
+def test_values_too_deep_to_follow_are_the_rows_fault(plain: PreTrainedTokenizerFast) -> None:
+    deep: Any = 1
+    for _ in range(5_000):
+        deep = [deep]
+    chat = Conversation((user("a"), answer("b", tool_calls=(ToolCall("f", {"x": deep}),))))
+    results = with_template(plain, LOOP).encode_batch([chat, CHAT])
+    assert isinstance(results[0], RowError)
+    assert isinstance(results[1], Encoded)
+
+
+@pytest.mark.parametrize("name", ["add_generation_prompt", "messages", "tools"])
+def test_arguments_that_are_the_templates_own_are_refused(plain: PreTrainedTokenizerFast, name: str) -> None:
+    chat = Conversation(CHAT.messages, template_kwargs={name: True})
+    with pytest.raises(RowError, match=f"sets {name}"):
+        with_template(plain, LOOP).encode(chat)

@@ -104,6 +104,13 @@ TEMPLATES = {
         "{{ '<|im_start|>' + v + '\\n' if k == 'role' else v + '<|im_end|>\\n' }}{% endfor %}"
     ),
     "get": content("m.get('content', '')"),
+    "an inner loop's else that leaves the pass": "{% for m in messages %}"
+    + "{% if m.role == 'assistant' %}"
+    + TURN
+    + "{% for x in [] %}{% else %}{% continue %}{% endfor %}{% endif %}{% if m.role != 'assistant' %}"
+    + TURN
+    + "{% endif %}{% endfor %}"
+    + ASK,
     "recursion": NAMESPACE
     + "{% for m in messages[:1] recursive %}"
     + TURN
@@ -411,6 +418,15 @@ SMUGGLED = (
     "messages|selectattr('role', 'equalto', 'user')|map(attribute='content')|join('+')",
     "(messages[0].items()|list)[1][1]",
     "messages[0].values()|list",
+    "messages[0].values()",
+    "messages[0].items()|string",
+    "'%s' % messages[0].values()",
+    "namespace(a=u)",
+    "'a'.ljust(9, u[0]) ~ u",
+    "'a'.rjust(9, u[0]) ~ u",
+    "'X'.translate({88: u})",
+    "'{:>{w}}'.format(u, w=12)",
+    "{'k': [u]}.k",
     "messages[0]|tojson(indent=1)",
     "messages[0]",
     "u|urlize",

@@ -34,6 +34,24 @@ GOOD = """
     def wrong_message(messages, tools, kwargs):
         return [("a", (7, "content"))]
 
+    def three_values(messages, tools, kwargs):
+        return [("a", (0, "content"), 1)]
+
+    def a_text(messages, tools, kwargs):
+        return "a"
+
+    def nothing(messages, tools, kwargs):
+        return None
+
+    def a_texts_number(messages, tools, kwargs):
+        return [("a", ("0", "content"))]
+
+    def editing(messages, tools, kwargs):
+        for message in messages:
+            for call in message.get("tool_calls", []):
+                call["function"]["arguments"].clear()
+        return render(messages, tools, kwargs)
+
     number = 3
 """
 END = "<\uff5cend\u2581of\u2581sentence\uff5c>"
@@ -85,6 +103,10 @@ def test_arguments_and_refusals_go_through(plain: PreTrainedTokenizerFast, modul
     [
         ("wrong_part", r"it must give stretches \(text, Origin\(message, part\)\), with a part of"),
         ("wrong_message", "names message 7 of 3; it must be 0 to 2"),
+        ("three_values", "it must give stretches"),
+        ("a_text", "gives str; it must give stretches"),
+        ("nothing", "gives NoneType; it must give stretches"),
+        ("a_texts_number", "names message '0' of 3"),
         ("number", "is no function"),
         ("absent", "name a function by its dotted path"),
     ],
@@ -126,3 +148,31 @@ def test_deepseek_v32_trains_what_the_model_would_generate(plain: PreTrainedToke
         encoded = ours.encode(TurnRow(chat, number))
         first = int(encoded.loss_weights.argmax())
         assert ours.decode(encoded.tokens[:first]).endswith("<think>")
+
+
+def test_a_renderer_cannot_change_the_row(plain: PreTrainedTokenizerFast, module: str) -> None:
+    call = ToolCall("f", {"x": 1})
+    tokenizer(plain, f"{module}.editing").encode(
+        Conversation((Message("user", "a"), Message("assistant", "b", tool_calls=(call,))))
+    )
+    assert call.arguments == {"x": 1}
+
+
+def test_a_renderer_is_found_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lying_here.py").write_text(textwrap.dedent(GOOD))
+    monkeypatch.chdir(tmp_path)
+    assert callable(load_renderer("lying_here.render"))
+
+
+def test_deepseeks_marks_go_with_their_part(plain: PreTrainedTokenizerFast) -> None:
+    plain.add_special_tokens({"eos_token": END})
+    ours = tokenizer(plain, "deepseek_v32", thinking_mode="thinking")
+    call = Message("assistant", "", reasoning="look it up", tool_calls=(ToolCall("f", {"x": "1"}),))
+    chat = Conversation((Message("user", "Weather?"), call))
+    without_calls = trained(ours, chat, Selection(tool_calls=False))
+    assert without_calls.startswith("look it up</think>")
+    assert without_calls.endswith(END)
+    assert "DSML" not in without_calls
+    without_reasoning = trained(ours, chat, Selection(reasoning=False))
+    assert "think" not in without_reasoning
+    assert without_reasoning.count("invoke") == 2
