@@ -148,6 +148,9 @@ class Roles(Section):
     """Train every message of these roles."""
 
 
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
 def _train_on(value: Any) -> Any:
     # Told apart here, because a union complains once for each of its members.
     if isinstance(value, dict) and set(value) == {"last_n"}:
@@ -157,6 +160,11 @@ def _train_on(value: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"roles"}:
         roles = value["roles"]
         if isinstance(roles, list) and roles and all(isinstance(role, str) for role in roles):
+            unknown = next((role for role in roles if role not in _ROLES), None)
+            if unknown is not None:
+                near = difflib.get_close_matches(unknown, _ROLES, 1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise ValueError(f"no message has the role {unknown!r}; {hint}the roles are {', '.join(_ROLES)}")
             return Roles(roles=tuple(roles))
         raise ValueError("roles must be a list of names, such as {roles: [user, assistant]}")
     if value in ("assistant", "last", "all") or isinstance(value, LastTurns | Roles):

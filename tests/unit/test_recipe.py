@@ -46,6 +46,7 @@ def fault(*overrides: str, tree: dict[str, Any] | None = None) -> str:
         ("data={train: a, train_on: all, open_turns: close}", "data.open_turns=close is about the turns of"),
         ("data={train: a, train_on: {roles: [user]}, turn_per_sample: true}", "data.turn_per_sample=true makes"),
         ("data={train: a, renderer: deepseek_v32, chat_template: x}", "both write the prompts"),
+        ("data.train_on={roles: [asistant]}", "no message has the role 'asistant'; did you mean assistant?"),
         ("data.workers=-1", "data.workers=-1: must be greater than or equal to 0 or must be 'auto'"),
         ("precision.compute=fp8", "did you mean fp"),
         ("run.trackers=tensorboard", "must be a list, such as [a, b]"),
