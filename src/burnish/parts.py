@@ -6,7 +6,9 @@ no local file says: hub ids, tokenizer classes that `tokenizer_files.py` does no
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -30,6 +32,9 @@ from burnish.files import read_object
 from burnish.model.vocabulary import TokenizerFacts, stop_ids
 from burnish.types import UserError
 
+HUB_PATIENCE = 5
+"""Seconds to wait for the hub's answer to a name."""
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 STREAM_ROWS = 1_000
 """Rows read of a stream where no limit is given: it may have no end worth waiting for."""
 NO_LIMIT = 2**31 - 1
@@ -97,18 +102,66 @@ def open_tokenizer(place: str, trust_remote_code: bool = False) -> OpenedTokeniz
     folder = Path(place).expanduser()
     files = read_tokenizer(folder) if folder.is_dir() else None
     if files is None:
-        return _open_by_transformers(place, trust_remote_code)
+        is_reachable = not folder.is_dir() and _hub_has(place)
+        return _open_by_transformers(str(folder) if folder.is_dir() else place, trust_remote_code, is_reachable)
     ids = {kind: files.special_ids.get(f"{kind}_token") for kind in ("bos", "eos", "pad")}
     facts = TokenizerFacts(files.largest_id, **ids, name=f"the tokenizer {place}")
     return OpenedTokenizer(files.backend, files.special_tokens, files.chat_template, files.added_tokens, facts)
 
 
-def _open_by_transformers(place: str, trust_remote_code: bool) -> OpenedTokenizer:
+def _hub_has(place: str) -> bool:
+    """Whether the hub answers and has `place`; False where only the cache does.
+
+    One question with a short patience: transformers would ask again and again, and say so each time.
+    Raises UserError where neither has it.
+    """
+    folder = Path(place).expanduser()
+    no_folder = f"no tokenizer {place}: there is no folder {folder.absolute()}{_near(folder)}"
+    if folder.exists():
+        raise UserError(f"no tokenizer {place}: that is a file; give the folder around its tokenizer.json")
+    if not _HUB_ID.fullmatch(place):
+        raise UserError(f"{no_folder}; give a tokenizer's or a model's folder, or a hub id (owner/name)")
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        get_hf_file_metadata(hf_hub_url(place, "tokenizer_config.json"), timeout=HUB_PATIENCE)
+    except EntryNotFoundError:
+        return True  # an older repository, with files of its own
+    except Exception as error:  # whatever the library's HTTP client raises where there is no network
+        if any(isinstance(try_to_load_from_cache(place, name), str) for name in ("tokenizer.json", "config.json")):
+            return False
+        if isinstance(error, OfflineModeIsEnabled):
+            reason = "it is not in the cache, and HF_HUB_OFFLINE forbids to ask the hub"
+        elif isinstance(error, HfHubHTTPError) and error.response is not None:
+            reason = f"the hub refuses it (status {error.response.status_code})"
+        else:
+            reason = f"it is not in the cache, and the hub cannot be reached ({str(error).splitlines()[0]})"
+        raise UserError(f"{no_folder}, and as a hub id {reason}; correct the name") from None
+    return True
+
+
+def _near(folder: Path) -> str:
+    """The folders beside it that are named nearly so, as the end of a sentence."""
+    beside = folder.absolute().parent
+    names = [entry.name for entry in beside.iterdir() if entry.is_dir()] if beside.is_dir() else []
+    near = difflib.get_close_matches(folder.name, names, 3, 0.5)
+    return f" (near it is {', '.join(near)})" if near else ""
+
+
+def _open_by_transformers(place: str, trust_remote_code: bool, is_reachable: bool) -> OpenedTokenizer:
     from transformers import AutoTokenizer  # seconds, and torch with it
 
     try:
-        loaded = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        loaded = AutoTokenizer.from_pretrained(
+            place, trust_remote_code=trust_remote_code, local_files_only=not is_reachable
+        )
     except (OSError, ValueError) as error:
+        folder = Path(place)
+        if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+            raise UserError(
+                f"no tokenizer {place}: the folder holds no tokenizer.json; give a tokenizer's or a model's folder"
+            ) from None
         raise UserError(
             f"no tokenizer could be loaded from {place}; give a folder with a tokenizer.json or a hub id "
             f"({str(error).splitlines()[0]})"
@@ -182,9 +235,13 @@ def _open_in_order(config: SourceConfig, key: str) -> Rows:
         return open_rows(config, key)
     parts = [open_parquet_rows(file) for file in place.files]
     opened = tuple(part for part in parts if part is not None)
-    start, stop, _ = slice(*place.bounds).indices(sum(map(len, opened)))
-    if len(opened) < len(parts) or start >= stop:
+    if len(opened) < len(parts):
         return open_rows(config, key)
+    num_rows = sum(map(len, opened))
+    start, stop, _ = slice(*place.bounds).indices(num_rows)
+    if start >= stop:
+        rule = f"its slice keeps none of {num_rows} rows; widen the slice" if num_rows else "it holds no rows"
+        raise UserError(f"{key}.path={config.path}: {rule}")
     return Rows(place.name, opened, start, stop)
 
 
@@ -267,21 +324,29 @@ class Parts:
         return TextTokenizer(
             backend=opened.backend,
             special_tokens=opened.special_tokens,
-            chat_template=self._template_file or opened.chat_template,
+            chat_template=opened.chat_template if self._template_file is None else self._template_file,
             template_kwargs=data.chat_template_kwargs,
             stop_tokens=frozenset(self.stops),
             renderer=data.renderer,
             date=self.date,
         )
 
-    @property
+    @cached_property
     def _template_file(self) -> str | None:
         file = self.recipe.data.chat_template
         if file is None:
             return None
         if not Path(file).is_file():
             raise RecipeError(f"data.chat_template={file}: no such file; give the path of a Jinja template")
-        return Path(file).read_text(encoding="utf-8")
+        try:
+            template = Path(file).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(
+                f"data.chat_template={file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+            ) from None
+        if not template.strip():
+            raise RecipeError(f"data.chat_template={file} is empty; write a Jinja template, or leave the key out")
+        return template
 
     @cached_property
     def date(self) -> str:

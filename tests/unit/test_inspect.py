@@ -11,10 +11,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import constants
 from tiny import CHATML, tiny_config
 from workshop import write_jsonl
 
@@ -494,6 +496,69 @@ def test_faults_of_writing(
     status, _, err = run(capsys, file, "--tokenizer", chatml_tokenizer, "--format", format, "--out", out)
     assert status == 2
     assert re.fullmatch(rf"burnish: error: --out={out} cannot be written: [^\n]*; name another file with --out\n", err)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty; write a"), (b" \n", "is empty"), (b"\xff{{ messages }}", "not UTF-8 text")],
+)
+def test_templates_that_are_none(
+    tmp_path: Path, chatml_tokenizer: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
+) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
+    (tmp_path / "a.jinja").write_bytes(content)
+    options = ("--tokenizer", chatml_tokenizer, "--chat-template", tmp_path / "a.jinja")
+    status, out, err = run(capsys, file, *options)
+    assert (status, out, err.count("\n"), message in err) == (2, "", 1, True)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 is no parquet PAR1", b"cut"])
+def test_broken_parquet(
+    tmp_path: Path, chatml_tokenizer: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    if content == b"cut":
+        pq.write_table(pa.Table.from_pylist([chat("a" * 500, "b" * 500)]), tmp_path / "whole.parquet")
+        content = (tmp_path / "whole.parquet").read_bytes()[:-50]
+    (tmp_path / "rows.parquet").write_bytes(content)
+    status, out, err = run(capsys, tmp_path / "rows.parquet", "--tokenizer", chatml_tokenizer)
+    assert (status, out, err.count("\n"), "cannot be read as .parquet" in err) == (2, "", 1, True)
+
+
+def test_parquet_without_rows(tmp_path: Path, chatml_tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "rows.parquet")
+    status, _, err = run(capsys, tmp_path / "rows.parquet", "--tokenizer", chatml_tokenizer)
+    assert (status, err.count("\n"), "it holds no rows" in err) == (2, 1, True)
+
+
+def test_names_of_tokenizers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    file = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
+    (tmp_path / "Qwen3-tiny").mkdir()
+    for name, messages in {
+        "./Qwen3-tine": (f"there is no folder {tmp_path}/Qwen3-tine (near it is Qwen3-tiny); give",),
+        "Qwen3-tine": ("there is no folder", "(near it is Qwen3-tiny), and as a hub id it is not in the cache"),
+        "rows.jsonl": ("that is a file",),
+        "Qwen3-tiny": ("the folder holds no tokenizer.json",),
+    }.items():
+        status, out, err = run(capsys, file, "--tokenizer", name)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert all(message in err for message in messages), err
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def refuse(url: str, **options: Any) -> None:
+        asked.append(url)
+        raise ConnectionError("no network\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
+    with pytest.raises(UserError, match=r"the hub cannot be reached \(no network\); correct the name$"):
+        open_tokenizer("nosuch/tokenizer")
+    assert len(asked) == 1
 
 
 def test_boundaries_are_the_terminals(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from burnish.data.json_files import FileFacts
 from burnish.data.schema import Fill, Schema, Signature, schema_of
 from burnish.data.tables import without_nulls
+from burnish.types import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,13 +54,22 @@ class ParquetFile:
 
 
 def open_parquet_rows(path: Path) -> ParquetFile | None:
-    """The rows of a .parquet file; None where `datasets` would read other values than the file's plain ones."""
-    file = _open(path)
-    if not _is_plain(file.schema_arrow.metadata or {}):
-        return None
+    """The rows of a .parquet file; None where `datasets` would read other values than the file's plain ones.
+
+    Raises UserError where the file is broken.
+    """
+    import pyarrow as pa
+
     signatures: Counter[Signature] = Counter()
-    for batch in file.iter_batches(batch_size=8192):
-        signatures.update(dict(_signatures(batch)))
+    try:
+        file = _open(path)
+        if not _is_plain(file.schema_arrow.metadata or {}):
+            return None
+        for batch in file.iter_batches(batch_size=8192):
+            signatures.update(dict(_signatures(batch)))
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"{path} cannot be read as .parquet ({reason}); download or copy it again") from None
     groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
     facts = FileFacts(str(path), path.stat().st_size, file.metadata.num_rows, "")
     return ParquetFile(path, schema_of(signatures), facts, np.cumsum(groups, dtype=np.int64))

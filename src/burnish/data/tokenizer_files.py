@@ -247,6 +247,13 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | Mapping[s
 
 def _template_files(folder: Path) -> Iterator[tuple[str, str]]:
     if (folder / "chat_template.jinja").is_file():
-        yield "default", (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        yield "default", _text(folder / "chat_template.jinja")
     for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        yield file.name.removesuffix(".jinja"), file.read_text(encoding="utf-8")
+        yield file.name.removesuffix(".jinja"), _text(file)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
