@@ -19,7 +19,7 @@ import numpy as np
 from burnish.config import Recipe, RecipeError
 from burnish.files import write_whole
 from burnish.inspector import Inspector
-from burnish.observe.inspection import InspectedRow, Inspection
+from burnish.observe.inspection import InspectedRow, Inspection, plural
 from burnish.parts import Parts
 from burnish.recipe import read_recipe, recipe_from_dict
 from burnish.types import UserError
@@ -187,19 +187,24 @@ def _show_lines(inspector: Inspector, limit: int | None, file: TextIO, tokens: b
         file.flush()
     found = inspector.inspection(())
     for warning in found.warnings:
-        count = f"{warning.count} " if warning.count else ""
+        count = f"{plural(warning.count, found.unit)} " if warning.count else ""
         print(harmless(f"warning: {count}{warning.text}"), file=sys.stderr)
     return _status(found)
 
 
 def as_json(row: InspectedRow) -> dict[str, Any]:
     """A row as one object of `--format json`."""
+    place: dict[str, Any] = {"index": row.index, "source": row.source}
+    if row.message is not None:
+        place["message"] = row.message
     if row.error is not None:
-        return {"index": row.index, "source": row.source, "error": f"{row.where}: {row.error}"}
+        # An error often says itself which message it is.
+        is_named = row.message is None or row.error.startswith("messages[")
+        where = row.where if is_named else f"{row.where}, messages[{row.message}]"
+        return {**place, "error": f"{where}: {row.error}"}
     numbers = {weight: float(str(weight)) for weight in np.unique(row.loss_weights)}
     return {
-        "index": row.index,
-        "source": row.source,
+        **place,
         "input_ids": row.tokens.tolist(),
         "loss_weights": [numbers[weight] for weight in row.loss_weights],
         "text": row.text,
@@ -267,4 +272,4 @@ class _Progress:
 
 
 def _status(found: Inspection) -> int:
-    return 3 if any(source.errors for source in found.sources) else 0
+    return 3 if any(source.errors or source.dropped for source in found.sources) else 0

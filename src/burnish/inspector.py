@@ -27,25 +27,29 @@ LARGEST_CHUNK = 64
 LOW_SHARE, HIGH_SHARE = 0.01, 0.95
 
 MEANINGS = {
-    "error": "rows give no sample",
-    "outside_embedding": "added tokens lie outside the model's embedding",
-    "vocabulary": "tokenizer and model disagree",
-    "no_end_of_turn": "rows train a turn without its end-of-turn token, so that the model may not learn to stop",
-    "pad_equals_eos": "rows train the end of a turn by the token that also pads; burnish masks by length and "
+    "error": "give no sample",
+    "dropped": "are dropped, as data.over_long or data.bad_rows chooses",
+    "outside_embedding": "have token ids that are none of the tokenizer's",
+    "no_end_of_turn": "train a turn without its end-of-turn token, so that the model may not learn to stop",
+    "pad_equals_eos": "train the end of a turn by the token that also pads; burnish masks by length and "
     "trains it, other tools may mask it by id",
-    "double_bos": "rows begin with two BOS tokens",
-    "never_trained": "added tokens are in the data and never trained",
-    "empty_turn": "rows have an empty turn",
-    "duplicate": "rows give the same tokens and weights as an earlier one",
-    "prompt_mismatch": "rows train a turn under another prompt than inference would give; "
-    "data.turn_per_sample=true trains each turn under exactly that",
-    "low_share": "rows train less than 1 % of their tokens",
-    "high_share": "rows train more than 95 % of their tokens",
-    "open_turn": "rows have a turn that no end-of-turn token ends; data.open_turns=close ends a last one",
-    "straddling": "rows have tokens that hold both trained and other characters",
-    "no_header": "rows have a turn that begins otherwise than inference asks for one; all of it is trained",
-    "generation_block": "rows differ between the template's generation blocks and what the model would generate",
+    "double_bos": "begin with two BOS tokens",
+    "never_trained": "hold added tokens that no row trains",
+    "empty_turn": "have an empty turn",
+    "duplicate": "give the same tokens and weights as an earlier one",
+    "prompt_mismatch": "train a turn under another prompt than inference would give; data.turn_per_sample=true trains "
+    "each turn under exactly that, where the template writes the turn as going on from it",
+    "dropped_reasoning": "have reasoning that the template does not write",
+    "dropped_tool_calls": "have tool calls that the template does not write",
+    "low_share": "train less than 1 % of the tokens",
+    "high_share": "train more than 95 % of the tokens",
+    "open_turn": "have a turn that no end-of-turn token ends; data.open_turns=close ends a last one",
+    "straddling": "have tokens that hold both trained and other characters",
+    "no_header": "have a turn that begins otherwise than inference asks for one; all of it is trained",
+    "generation_block": "differ between the template's generation blocks and what the model would generate",
 }
+"""What a kind of warning says of several rows, a verb first."""
+_SINGULAR = {"have": "has", "are": "is"}
 
 
 @dataclass
@@ -55,6 +59,7 @@ class _Tally:
     source: InspectedSource
     rows: int = 0
     errors: int = 0
+    dropped: int = 0
     tokens: int = 0
     trained: int = 0
     truncated: int = 0
@@ -65,7 +70,8 @@ class _Tally:
 
     def add(self, row: InspectedRow) -> None:
         if row.error is not None:
-            self.errors += 1
+            self.errors += not row.dropped
+            self.dropped += row.dropped
             return
         self.lengths.append(len(row.tokens))
         self.tokens += len(row.tokens)
@@ -90,6 +96,7 @@ class _Tally:
             tokens_cut=self.tokens_cut,
             duplicates=self.duplicates,
             lengths=np.array(self.lengths, np.int32),
+            dropped=self.dropped,
         )
 
 
@@ -149,6 +156,7 @@ class Inspector:
             sources=statistics,
             warnings=tuple(self._data_warnings()),
             packing=_packing([n for n in lengths if n <= self._budget], self._budget),
+            unit="sample" if self.parts.recipe.data.turn_per_sample else "row",
         )
 
     @property
@@ -170,7 +178,7 @@ class Inspector:
             index = source.first + found.index
             tally.rows += 1
             if isinstance(of_row, RowError):
-                made = [_failed(source.name, index, found.where, of_row)]
+                made = [self._failed(source.name, index, found.where, of_row)]
             else:
                 made = [self._row(source.name, index, found.where, part, next(encoded)) for part in of_row]
             for row in made:
@@ -179,12 +187,12 @@ class Inspector:
                 yield row
 
     def _row(self, source: str, index: int, where: str, part: Row, encoded: Encoded | RowError) -> InspectedRow:
-        if isinstance(part, TurnRow):
-            where = f"{where}, messages[{part.number}]"
-        whole = encoded if isinstance(encoded, RowError) else caught(self._preparer.fit, encoded)
-        if isinstance(whole, RowError) or isinstance(encoded, RowError):
-            assert isinstance(whole, RowError)
-            return _failed(source, index, where, whole)
+        message = part.number if isinstance(part, TurnRow) else None
+        if isinstance(encoded, RowError):
+            return self._failed(source, index, where, encoded, message)
+        whole = caught(self._preparer.fit, encoded)
+        if isinstance(whole, RowError):
+            return self._failed(source, index, where, whole, message, self._is_over_long(encoded))
         spans = tuple(_spans(whole))
         roles: dict[str, tuple[int, int]] = {}
         for start, end, origin, weight in spans:
@@ -206,7 +214,32 @@ class Inspector:
             warnings=tuple(self._warnings(source, index, part, encoded, whole)),
             truncated=len(encoded.tokens) - len(whole.tokens),
             roles=roles,
+            message=message,
         )
+
+    def _failed(
+        self,
+        source: str,
+        index: int,
+        where: str,
+        error: RowError,
+        message: int | None = None,
+        is_over_long: bool = False,
+    ) -> InspectedRow:
+        data = self.parts.recipe.data
+        key, chosen = ("over_long", data.over_long) if is_over_long else ("bad_rows", data.bad_rows)
+        text = str(error)
+        if chosen == "drop":
+            # What would remedy it is chosen already; other errors have remedies that still hold.
+            text = f"{text.partition('; ')[0] if is_over_long else text} (data.{key}=drop)"
+        nothing = np.empty(0, np.int32), np.empty(0, np.float32)
+        return InspectedRow(
+            index, source, where, text, *nothing, "", (), (), (), 0, {}, message, dropped=chosen == "drop"
+        )
+
+    def _is_over_long(self, encoded: Encoded) -> bool:
+        """Whether that is why it does not fit: where rows are cut, and of ids without an embedding, it is not."""
+        return self._preparer.over_long != "truncate" and int(encoded.tokens.max()) < self._preparer.vocab_size
 
     def _pieces(self, encoded: Encoded, seam: int | None) -> tuple[str, ...]:
         """What to show of each token; what a normaliser left out of all tokens goes with the one behind it.
@@ -249,6 +282,9 @@ class Inspector:
             yield "pad_equals_eos", f"the end of a turn is trained by {name}, which also pads"
         if facts.bos is not None and len(tokens) > 1 and tokens[0] == tokens[1] == facts.bos:
             yield "double_bos", f"it begins with two BOS tokens, {self.parts.token_name(facts.bos)}"
+        largest = int(tokens.max())
+        if self.parts.model is None and largest > facts.largest_id:
+            yield "outside_embedding", f"token id {largest} is none of the tokenizer's, which go to {facts.largest_id}"
         for number, role in _empty_turns(part):
             yield "empty_turn", f"messages[{number}] ({role}) is empty"
         first = self._seen.setdefault(hash((tokens.tobytes(), weights.tobytes())), (source, index))
@@ -257,15 +293,18 @@ class Inspector:
         if isinstance(part, Conversation):
             for message, difference in self.parts.tokenizer.prompt_differences(part, encoded):
                 yield "prompt_mismatch", f"messages[{message}]: {difference}"
-        share = len(trained) / max(len(tokens) - 1, 1)
+        share = len(trained) / len(tokens)
+        is_all_meant = self.parts.selection.train_on == "all" or (isinstance(part, RawText) and not part.prompt)
         if share < LOW_SHARE:
             yield "low_share", f"{len(trained)} of {len(tokens)} tokens are trained, less than 1 %"
-        elif share > HIGH_SHARE and not (isinstance(part, RawText) and not part.prompt):
+        elif share > HIGH_SHARE and not is_all_meant:
             yield "high_share", f"{len(trained)} of {len(tokens)} tokens are trained, more than 95 %"
         yield from whole.notices
 
     def _gather(self, row: InspectedRow) -> None:
-        kinds = {kind for kind, _ in row.warnings} if row.error is None else {"error"}
+        kinds = {kind for kind, _ in row.warnings}
+        if row.error is not None:
+            kinds = {"dropped" if row.dropped else "error"}
         for kind in kinds:
             count, rows = self._gathered.setdefault(kind, (0, []))
             if len(rows) < LINKED_ROWS and (row.source, row.index) not in rows:
@@ -303,15 +342,17 @@ class Inspector:
     def _data_warnings(self) -> Iterator[DataWarning]:
         """Errors first, then what is the tokenizer's, then what rows have in common."""
         gathered = dict(self._gathered)
-        if "error" in gathered:
-            yield _data_warning("error", *gathered.pop("error"))
+        for kind in ("error", "dropped"):
+            if kind in gathered:
+                yield _data_warning(kind, *gathered.pop(kind))
         yield from self._vocabulary_warnings()
         never = {number: found for number, found in self._present.items() if number not in self._trained_added}
         if never:
             names = ", ".join(self.parts.token_name(number) for number in sorted(never))
             rows = list(dict.fromkeys(row for _, rows in never.values() for row in rows))[:LINKED_ROWS]
-            text = f"{MEANINGS['never_trained']}: {names}"
-            yield DataWarning("never_trained", text, max(count for count, _ in never.values()), tuple(rows))
+            count = max(count for count, _ in never.values())
+            text = f"{_meaning('never_trained', count)}: {names}"
+            yield DataWarning("never_trained", text, count, tuple(rows))
         for kind in [*(kind for kind in MEANINGS if kind in gathered), *sorted(gathered.keys() - MEANINGS.keys())]:
             yield _data_warning(kind, *gathered[kind])
 
@@ -323,7 +364,7 @@ class Inspector:
         if outside:
             names = ", ".join(self.parts.token_name(token) for token in outside[:LINKED_ROWS])
             more = ", ..." if len(outside) > LINKED_ROWS else ""
-            text = f"{MEANINGS['outside_embedding']} of {rows} rows: {names}{more}"
+            text = f"added tokens lie outside the model's embedding of {rows} rows: {names}{more}"
             yield DataWarning("outside_embedding", text, 0, ())
         # That pad is eos is said of the rows where it matters.
         pad = None if facts.pad == facts.eos else facts.pad
@@ -334,12 +375,13 @@ class Inspector:
 
 
 def _data_warning(kind: str, count: int, rows: Sequence[tuple[str, int]]) -> DataWarning:
-    return DataWarning(kind, MEANINGS.get(kind, f"rows with the notice {kind}"), count, tuple(rows))
+    return DataWarning(kind, _meaning(kind, count), count, tuple(rows))
 
 
-def _failed(source: str, index: int, where: str, error: RowError) -> InspectedRow:
-    nothing = np.empty(0, np.int32), np.empty(0, np.float32)
-    return InspectedRow(index, source, where, str(error), *nothing, "", (), (), (), 0, {})
+def _meaning(kind: str, count: int) -> str:
+    meaning = MEANINGS.get(kind, f"have the notice {kind}")
+    verb, _, rest = meaning.partition(" ")
+    return f"{_SINGULAR.get(verb, f'{verb}s')} {rest}" if count == 1 else meaning
 
 
 def _spans(encoded: Encoded) -> Iterator[tuple[int, int, str, float]]:

@@ -406,6 +406,9 @@ class Parts:
             ("longest row", ", ".join(f"{value:,} ({name})" for name, value in self.limits.items()) or "not limited"),
             ("longer rows", data.over_long + (f" {data.truncate_side}" if data.over_long == "truncate" else "")),
         ]
+        if isinstance(data.validation, float):
+            share = f"{data.validation:.2%}".replace(".00", "")
+            facts.append(("held out", f"{share} of the training rows, which stand among those here"))
         if data.turn_per_sample:
             facts.append(("samples", "one a trained turn"))
         if data.chat_template_kwargs:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from burnish.cli import main
 from burnish.config import RecipeError
 from burnish.data.chat import TextTokenizer
 from burnish.data.prepare import Rejected
-from burnish.inspect import Request, requested_recipe
+from burnish.inspect import Request, as_json, requested_recipe
 from burnish.inspector import Inspector
+from burnish.observe.inspect_page import render
 from burnish.observe.inspect_terminal import Terminal, harmless
 from burnish.observe.inspection import DataWarning, InspectedRow, Inspection
 from burnish.parts import Parts, open_tokenizer, read_model_facts
@@ -91,13 +93,91 @@ def test_rows_are_those_that_training_prepares(tmp_path: Path, chatml_tokenizer:
 
 
 def test_turns_as_samples(tmp_path: Path, chatml_tokenizer: Path) -> None:
-    file = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b", "c", "d")])
-    rows, found = inspected(file, chatml_tokenizer, "data.turn_per_sample=true")
-    assert [(row.index, row.where) for row in rows] == [
-        (0, "rows.jsonl:1, messages[1]"), (0, "rows.jsonl:1, messages[3]"),
-    ]  # fmt: skip
-    assert found.sources[0].rows == 1
-    assert len(found.sources[0].lengths) == 2
+    file = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b", "c", "d e f")])
+    keys = ("data.turn_per_sample=true", "data.max_length=16")
+    rows, found = inspected(file, chatml_tokenizer, *keys)
+    assert [(row.index, row.where, row.message) for row in rows] == [(0, "rows.jsonl:1", 1), (0, "rows.jsonl:1", 3)]
+    (source,) = found.sources
+    assert (source.rows, source.samples, len(source.lengths), source.errors) == (1, 2, 1, 1)
+    assert (found.unit, found.num_counted) == ("sample", 2)
+    first, second = map(as_json, rows)
+    assert list(first)[:4] == ["index", "source", "message", "input_ids"]
+    assert (list(second), second["message"]) == (["index", "source", "message", "error"], 3)
+    assert second["error"].startswith("rows.jsonl:1, messages[3]: ")
+    assert "messages[1]: " in as_json(replace(rows[1], error="messages[1]: no"))["error"]
+    assert as_json(replace(rows[1], error="messages[3]: no"))["error"] == "rows.jsonl:1: messages[3]: no"
+    screen = io.StringIO()
+    Terminal(screen).row(rows[0])
+    Terminal(screen).summary(found, 1)
+    assert "== rows 0 messages[1] | rows.jsonl:1 |" in screen.getvalue()
+    assert "1 row read\n" in screen.getvalue()
+    assert "! 1 sample gives no sample (rows 0)" in screen.getvalue()
+    assert re.search(r"source +rows +samples +errors", screen.getvalue())
+    page = render(found)
+    assert "<h3>rows, row 0, messages[1]</h3>" in page
+    assert "1 of 2 samples" in page
+
+
+def test_what_is_dropped_by_choice(tmp_path: Path, chatml_tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b"), {"messages": []}, chat("x " * 40, "y " * 40)])
+    keys = ("data.max_length=64", "data.over_long=drop", "data.bad_rows=drop")
+    rows, found = inspected(file, chatml_tokenizer, *keys)
+    assert [row.dropped for row in rows] == [False, True, True]
+    assert [row.dropped for row in inspected(file, chatml_tokenizer, *keys[:2])[0]] == [False, False, True]
+    assert [row.dropped for row in inspected(file, chatml_tokenizer, keys[0], keys[2])[0]] == [False, True, False]
+    assert (rows[2].error or "").endswith(" tokens, more than data.max_length=64 (data.over_long=drop)")
+    assert (rows[1].error or "").endswith("(data.bad_rows=drop)")
+    assert (found.sources[0].errors, found.sources[0].dropped) == (0, 2)
+    assert [warning.kind for warning in found.warnings] == ["dropped"]
+    status, out, err = run(capsys, file, "--tokenizer", chatml_tokenizer, *keys, "--format", "json")
+    assert status == 3
+    assert [list(json.loads(line)) for line in out.splitlines()[1:]] == [["index", "source", "error"]] * 2
+    assert "warning: 2 rows are dropped" in err
+    _, out, _ = run(capsys, file, "--tokenizer", chatml_tokenizer, *keys)
+    assert "dropped: " in out
+    assert "error: " not in out
+    _, out, _ = run(capsys, file, "--tokenizer", chatml_tokenizer, *keys, "--format", "html")
+    assert "<b>Dropped</b>" in out
+    assert "<b>Error</b>" not in out
+
+
+def test_shares_are_of_all_tokens(tmp_path: Path, chatml_tokenizer: Path) -> None:
+    ids = write_jsonl(tmp_path / "ids.jsonl", [{"input_ids": [5] * 20, "labels": [-100] + [5] * 19}])
+    assert "high_share" not in warnings_of(inspected(ids, chatml_tokenizer)[0][0])  # 19 of 20 are 95 %, not more
+    long = write_jsonl(tmp_path / "long.jsonl", [chat("a", "the lazy dog " * 100)])
+    assert "high_share" in warnings_of(inspected(long, chatml_tokenizer)[0][0])
+    assert "high_share" not in warnings_of(inspected(long, chatml_tokenizer, "data.train_on=all")[0][0])
+
+
+def test_token_ids_that_no_tokenizer_gave(tmp_path: Path, chatml_tokenizer: Path) -> None:
+    rows = [{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [5, 9999], "labels": [5, 9999]}]
+    shown, found = inspected(write_jsonl(tmp_path / "ids.jsonl", rows), chatml_tokenizer)
+    assert "outside_embedding" not in warnings_of(shown[0])
+    assert "token id 9999 is none of the tokenizer's" in dict(shown[1].warnings)["outside_embedding"]
+    assert gathered(found, "outside_embedding").text == "has token ids that are none of the tokenizer's"
+
+
+def test_rows_held_out_as_a_fraction(tmp_path: Path, chatml_tokenizer: Path) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
+    facts = dict(inspector(file, chatml_tokenizer, "data.validation=0.05").parts.facts)
+    assert facts["held out"] == "5% of the training rows, which stand among those here"
+    assert "held out" not in inspector(file, chatml_tokenizer).parts.facts
+
+
+def test_a_narrow_terminal_goes_without_columns(tmp_path: Path, chatml_tokenizer: Path) -> None:
+    file = write_jsonl(tmp_path / "a_rather_long_name.jsonl", [chat("a", "b")])
+    _, found = inspected(file, chatml_tokenizer)
+    heads = []
+    for width in (120, 60, 40):
+        screen = io.StringIO()
+        terminal = Terminal(screen)
+        terminal._console.width = width
+        terminal.summary(found, 1)
+        heads.append(next(line.split() for line in screen.getvalue().splitlines() if line.startswith("source")))
+        assert "a_rather_long_name" in screen.getvalue()
+    assert heads[0][1:] == ["rows", "errors", "cut", "duplicates", "tokens", "trained", "median", "longest"]
+    assert heads[1][1:] == ["rows", "errors", "cut", "tokens", "trained"]
+    assert heads[2][1:] == ["rows", "errors"]
 
 
 def test_warnings_of_rows(tmp_path: Path, chatml_tokenizer: Path) -> None:
@@ -281,7 +361,7 @@ def test_json_lines(tmp_path: Path, chatml_tokenizer: Path, capsys: pytest.Captu
     assert set(second) == {"index", "source", "error"}
     assert second["error"].startswith("rows.jsonl:2: ")
     assert third["warnings"] == [{"kind": "empty_turn", "text": "messages[0] (user) is empty"}]
-    assert "warning: 1 rows give no sample" in err
+    assert "warning: 1 row gives no sample" in err
     target = tmp_path / "out.jsonl"
     options = ("--tokenizer", chatml_tokenizer, "--format", "json", "--limit", "1", "--out", target)
     assert run(capsys, file, *options)[:2] == (0, "")

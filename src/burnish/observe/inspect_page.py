@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from burnish.observe.chart import bars, histogram
-from burnish.observe.inspection import DataWarning, InspectedRow, Inspection, PackingFill, SourceStatistics
+from burnish.observe.inspection import DataWarning, InspectedRow, Inspection, PackingFill, SourceStatistics, plural
 from burnish.observe.page import Section, document, escape, pairs, tiles, visible
 from burnish.observe.report import LengthDistribution
 from burnish.observe.units import count_text
@@ -30,7 +30,7 @@ def render(inspection: Inspection) -> str:
     shown = inspection.rows[:_MAX_ROWS]
     num_rows = sum(source.rows for source in inspection.sources)
     sections = [
-        Section("warnings", "Warnings", _warnings(inspection.warnings, shown, num_rows)),
+        Section("warnings", "Warnings", _warnings(inspection, shown)),
         Section("data", "Data", _data(inspection)),
         Section("set-up", "Set-up", pairs(inspection.facts)),
         Section("rows", "Rows", _rows(shown, num_rows)),
@@ -41,36 +41,43 @@ def render(inspection: Inspection) -> str:
 def _highlights(inspection: Inspection) -> str:
     """The figures one looks for first."""
     sources = inspection.sources
-    num_rows, num_errors = sum(source.rows for source in sources), sum(source.errors for source in sources)
+    num_rows, num_counted = sum(source.rows for source in sources), inspection.num_counted
+    num_errors, num_dropped = sum(source.errors for source in sources), sum(source.dropped for source in sources)
     num_tokens, num_trained = sum(s.tokens for s in sources), sum(s.trained_tokens for s in sources)
     figures = [
-        ("Rows", f"{num_rows:,}", _plural(len(sources), "source")),
-        ("Errors", f"{num_errors:,}", f"{_share(num_errors, num_rows)} of the rows"),
+        ("Rows", f"{num_rows:,}", plural(len(sources), "source")),
+        ("Errors", f"{num_errors:,}", f"{_share(num_errors, num_counted)} of the {inspection.unit}s"),
         ("Tokens", count_text(num_tokens), f"{_share(num_trained, num_tokens)} trained"),
         ("Warnings", f"{len(inspection.warnings):,}", ""),
     ]
+    if num_dropped:
+        share = f"{_share(num_dropped, num_counted)} of the {inspection.unit}s"
+        figures.insert(2, ("Dropped", f"{num_dropped:,}", share))
     if inspection.packing:
         packing = inspection.packing
         figures.append(("Packing", f"{packing.fill:.1%}", f"{packing.packs:,} packs of {packing.budget:,} tokens"))
     return tiles(figures)
 
 
-def _warnings(warnings: Sequence[DataWarning], shown: Sequence[InspectedRow], num_rows: int) -> str:
+def _warnings(inspection: Inspection, shown: Sequence[InspectedRow]) -> str:
+    warnings = inspection.warnings
     if not warnings:
         return '<p class="note">None.</p>'
+    whole = plural(inspection.num_counted, inspection.unit)
     anchors: dict[tuple[str, int], str] = {}
     for number, row in enumerate(shown):
         anchors.setdefault((row.source, row.index), f"row-{number}")  # a row can be several: its turns
-    return f'<ul class="warnings">{"".join(_warning(warning, anchors, num_rows) for warning in warnings)}</ul>'
+    return f'<ul class="warnings">{"".join(_warning(warning, anchors, whole) for warning in warnings)}</ul>'
 
 
-def _warning(warning: DataWarning, anchors: Mapping[tuple[str, int], str], num_rows: int) -> str:
+def _warning(warning: DataWarning, anchors: Mapping[tuple[str, int], str], whole: str) -> str:
+    """`whole` is all of what is counted: 12 rows."""
     listed = _by_source((row, f'<a href="#{anchors[row]}">{row[1]:,}</a>') for row in warning.rows if row in anchors)
     hidden = _by_source((row, f"{row[1]:,}") for row in warning.rows if row not in anchors)
     left_out = warning.count - len(warning.rows)
     places = [f"Rows of {listed}." if listed else "", f"Not shown below: rows of {hidden}." if hidden else ""]
     places += [f"{left_out:,} more are not listed."] if left_out > 0 else []
-    count = f'<span class="count">{warning.count:,} of {_plural(num_rows, "row")}</span>' if warning.count else ""
+    count = f'<span class="count">{warning.count:,} of {whole}</span>' if warning.count else ""
     note = f'<p class="note">{" ".join(filter(None, places))}</p>' if any(places) else ""
     return f"<li><b>{escape(warning.kind)}</b>{count}<p>{escape(warning.text)}</p>{note}</li>"
 
@@ -96,25 +103,42 @@ def _data(inspection: Inspection) -> str:
 
 
 def _sources(sources: Sequence[SourceStatistics]) -> str:
-    heads = ("Rows", "Errors", "Tokens", "Trained", "Duplicates", "Cut", "Tokens cut off", "Median", "p95", "Longest")
-    head = "".join(f'<th class="number">{name}</th>' for name in heads)
-    rows = "".join(_source(source.name, source.split, [source]) for source in sources)
-    total = _source("All", "", sources) if len(sources) > 1 else ""
+    lines = [_source(source.name, source.split, [source], sources) for source in sources]
+    if len(sources) > 1:
+        lines.append(_source("All", "", sources, sources))
+    head = "".join(f'<th class="number">{name}</th>' for name in _numbers(sources, sources))
     return (
         f'<div class="scroll"><table class="data"><thead><tr><th>Source</th><th>Split</th>{head}'
-        f"<th>Lengths in tokens</th></tr></thead><tbody>{rows}{total}</tbody></table></div>"
+        f"<th>Lengths in tokens</th></tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
-def _source(name: str, split: str, sources: Sequence[SourceStatistics]) -> str:
-    """A line of the table: the sum of `sources`."""
+def _numbers(sources: Sequence[SourceStatistics], every: Sequence[SourceStatistics]) -> dict[str, str]:
+    """The sums of `sources`, by the head of their column; what none of `every` has needs no column."""
     lengths = LengthDistribution.of(np.concatenate([source.lengths for source in sources]))
     tokens, trained = sum(s.tokens for s in sources), sum(s.trained_tokens for s in sources)
-    numbers = [f"{sum(s.rows for s in sources):,}", f"{sum(s.errors for s in sources):,}"]
-    numbers += [count_text(tokens), _share(trained, tokens), f"{sum(s.duplicates for s in sources):,}"]
-    numbers += [f"{sum(s.truncated for s in sources):,}", f"{sum(s.tokens_cut for s in sources):,}"]
-    numbers += [f"{n:,}" for n in (lengths.median, lengths.percentile_95, lengths.longest)] if lengths else ["", "", ""]
-    cells = "".join(f'<td class="number">{number}</td>' for number in numbers)
+    numbers = {"Rows": f"{sum(s.rows for s in sources):,}"}
+    if any(s.samples != s.rows for s in every):
+        numbers["Samples"] = f"{sum(s.samples for s in sources):,}"
+    numbers["Errors"] = f"{sum(s.errors for s in sources):,}"
+    if any(s.dropped for s in every):
+        numbers["Dropped"] = f"{sum(s.dropped for s in sources):,}"
+    return numbers | {
+        "Tokens": count_text(tokens),
+        "Trained": _share(trained, tokens),
+        "Duplicates": f"{sum(s.duplicates for s in sources):,}",
+        "Cut": f"{sum(s.truncated for s in sources):,}",
+        "Tokens cut off": f"{sum(s.tokens_cut for s in sources):,}",
+        "Median": f"{lengths.median:,}" if lengths else "",
+        "p95": f"{lengths.percentile_95:,}" if lengths else "",
+        "Longest": f"{lengths.longest:,}" if lengths else "",
+    }
+
+
+def _source(name: str, split: str, sources: Sequence[SourceStatistics], every: Sequence[SourceStatistics]) -> str:
+    """A line of the table: the sum of `sources`."""
+    lengths = LengthDistribution.of(np.concatenate([source.lengths for source in sources]))
+    cells = "".join(f'<td class="number">{number}</td>' for number in _numbers(sources, every).values())
     chart = bars(lengths.edges, lengths.counts, "tokens") if lengths else ""
     return f"<tr><th>{escape(name)}</th><td>{escape(split)}</td>{cells}<td>{chart}</td></tr>"
 
@@ -165,7 +189,7 @@ def _rows(rows: Sequence[InspectedRow], num_rows: int) -> str:
         _row(f"row-{number}", row, sources.index(row.source), flags[number], limit) for number, row in enumerate(rows)
     )
     return (
-        f'<p class="legend">{_plural(len(rows), "row")}{of_all} in detail. {_LEGEND}</p>'
+        f'<p class="legend">{plural(len(rows), "row")}{of_all} in detail. {_LEGEND}</p>'
         f"{_toolbar(sources, kinds, Counter(flag for of in flags for flag in of))}{drawn}"
         '<div id="tip" role="tooltip" hidden></div>'
     )
@@ -173,7 +197,8 @@ def _rows(rows: Sequence[InspectedRow], num_rows: int) -> str:
 
 def _flags(row: InspectedRow, kinds: Sequence[str]) -> list[str]:
     """What the row can be filtered by."""
-    states = {"error": row.error is not None, "cut": bool(row.truncated), "warning": bool(row.warnings)}
+    is_error = row.error is not None and not row.dropped
+    states = {"error": is_error, "dropped": row.dropped, "cut": bool(row.truncated), "warning": bool(row.warnings)}
     return [name for name, holds in states.items() if holds] + sorted(
         f"warning-{kinds.index(kind)}" for kind in {kind for kind, _ in row.warnings}
     )
@@ -181,7 +206,7 @@ def _flags(row: InspectedRow, kinds: Sequence[str]) -> list[str]:
 
 def _toolbar(sources: Sequence[str], kinds: Sequence[str], counts: Mapping[str, int]) -> str:
     """What the script serves; hidden where none runs."""
-    named = [("error", "errors"), ("cut", "cut rows"), ("warning", "any warning")]
+    named = [("error", "errors"), ("dropped", "dropped"), ("cut", "cut rows"), ("warning", "any warning")]
     named += [(f"warning-{number}", f"warning: {kind}") for number, kind in enumerate(kinds)]
     shown = [(flag, f"{name} ({counts[flag]:,})") for flag, name in named if counts.get(flag)]
     named_sources = [(str(number), name) for number, name in enumerate(sources)] if len(sources) > 1 else []
@@ -204,19 +229,20 @@ def _choice(name: str, everything: str, options: Sequence[tuple[str, str]]) -> s
 
 def _row(anchor: str, row: InspectedRow, source: int, flags: Sequence[str], limit: int) -> str:
     if row.error is not None:
-        facts, body = [row.where], f'<p class="error"><b>Error</b> {escape(row.error)}</p>'
+        word = "Dropped" if row.dropped else "Error"
+        facts, body = [row.where], f'<p class="{word.lower()}"><b>{word}</b> {escape(row.error)}</p>'
     else:
         num_tokens, num_trained = len(row.tokens), int(np.count_nonzero(row.loss_weights))
         roles = ", ".join(f"{role} {trained:,} of {n:,}" for role, (n, trained) in row.roles.items() if trained)
         share = f"{num_trained:,} trained ({_share(num_trained, num_tokens)})" + (f": {roles}" if roles else "")
-        facts = [row.where, f"{num_tokens:,} tokens", share]
+        facts = [row.where, plural(num_tokens, "token"), share]
         facts += [f"{row.truncated:,} tokens were cut off"] if row.truncated else []
         body = f'<pre tabindex="0">{_tokens(row, limit)}</pre>'
     notes = "".join(f"<li><b>{escape(kind)}</b> {escape(text)}</li>" for kind, text in row.warnings)
     notes = f'<ul class="notes">{notes}</ul>' if notes else ""
     return (
         f'<article class="row" id="{anchor}" tabindex="-1" data-source="{source}" data-flags="{" ".join(flags)}">'
-        f"<h3>{escape(row.source)}, row {row.index:,}</h3>"
+        f"<h3>{escape(row.name)}</h3>"
         f'<p class="note">{escape(" · ".join(filter(None, facts)))}</p>'
         f"{notes}{body}</article>"
     )
@@ -284,10 +310,6 @@ def _weight_classes(weight: float, labelled: bool) -> list[str]:
 
 def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "-"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 _LEGEND = (
@@ -449,7 +471,8 @@ kbd { padding: 0 4px; font: 11px ui-monospace, monospace; color: var(--quiet); b
   border-radius: 6px; unicode-bidi: plaintext;
 }
 .notes { margin-bottom: 8px; font-size: 14px; overflow-wrap: anywhere; }
-.notes li, .error { padding-left: 10px; border-left: 3px solid var(--mark-rule); }
+.notes li, .error, .dropped { padding-left: 10px; border-left: 3px solid var(--mark-rule); }
+.dropped { margin: 0; overflow-wrap: anywhere; }
 .error { margin: 0; overflow-wrap: anywhere; color: var(--c1); border-color: var(--c1); }
 .run > i { font-style: normal; } .run > i:hover { outline: 2px solid var(--c0); }
 .bounded .run > i { box-shadow: inset 1px 0 var(--axis); }

@@ -11,11 +11,12 @@ from typing import TextIO
 
 import numpy as np
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from burnish.observe.inspection import InspectedRow, Inspection
+from burnish.observe.inspection import InspectedRow, Inspection, SourceStatistics, plural
 from burnish.observe.units import count_text
 
 _HARMFUL = re.compile(
@@ -25,6 +26,8 @@ _ROLES = ("system", "user", "tool", "assistant", "tools", "template")
 _SAID_ONCE = ("pad_equals_eos",)
 """Kinds of warnings that are the tokenizer's more than a row's: said in the summary alone."""
 _SHOWN_ROWS = 5
+_DISPENSABLE = ("median", "longest", "duplicates", "cut", "samples", "tokens", "dropped", "trained", "errors")
+"""Columns in the order in which a narrow terminal goes without them."""
 _PLAIN_WIDTH = 120
 
 
@@ -78,17 +81,19 @@ class Terminal:
 
     def row(self, row: InspectedRow) -> None:
         """One row: where it stands, its warnings, and its text with what is trained of it."""
-        facts = [f"{row.source} {row.index}", row.where]
+        turn = f" messages[{row.message}]" if row.message is not None else ""
+        facts = [f"{row.source} {row.index}{turn}", row.where]
         if row.error is None:
             num_trained = int(np.count_nonzero(row.loss_weights))
-            facts += [f"{len(row.tokens):,} tokens", f"{_share(num_trained, len(row.tokens))} trained"]
+            facts += [plural(len(row.tokens), "token"), f"{_share(num_trained, len(row.tokens))} trained"]
         if row.truncated:
             facts.append(f"{row.truncated:,} cut off")
         head = harmless(" \u00b7 ".join(facts)) if not self._plain else harmless(" | ".join(facts))
         self._line(Text())
         self._line(Text(f"== {head}" if self._plain else f"\u2500\u2500 {head}", "bold cyan"))
         if row.error is not None:
-            self._line(Text(f"error: {harmless(row.error)}", "red"))
+            word, style = ("dropped", "yellow") if row.dropped else ("error", "red")
+            self._line(Text(f"{word}: {harmless(row.error)}", style))
             return
         for kind, text in row.warnings:
             if kind not in _SAID_ONCE:
@@ -102,7 +107,8 @@ class Terminal:
         of = f" of {num_rows:,}" if num_rows not in (None, read) else ""
         more = "" if num_rows == read else "; --limit N reads more"
         self._line(Text())
-        self._line(Text(f"{read:,}{of} rows read{more}", "bold"))
+        rows = plural(read, "row") if not of else f"{read:,}{of} rows"
+        self._line(Text(f"{rows} read{more}", "bold"))
         self._line(Text())
         self._console.print(self._sources(inspection))
         self._line(Text())
@@ -111,13 +117,15 @@ class Terminal:
             self._line(Text())
         packing = inspection.packing
         if packing is not None and num_rows == read:
-            packs = f"{packing.packs:,} pack{'s' if packing.packs > 1 else ''}"
+            packs = plural(packing.packs, "pack")
             self._line(Text(f"packing: {packs} of at most {packing.budget:,} tokens, {packing.fill:.1%} full"))
         for warning in inspection.warnings:
             links = ", ".join(f"{source} {index}" for source, index in warning.rows[:_SHOWN_ROWS])
             more = ", ..." if warning.count > min(len(warning.rows), _SHOWN_ROWS) else ""
-            count = f" ({warning.count:,}: {links}{more})" if warning.count else ""
-            self._line(Text(harmless(f"! {warning.text}{count}"), "red" if warning.kind == "error" else "yellow"))
+            count = f"{plural(warning.count, inspection.unit)} " if warning.count else ""
+            links = f" ({links}{more})" if links else ""
+            style = "red" if warning.kind == "error" else "yellow"
+            self._line(Text(harmless(f"! {count}{warning.text}{links}"), style))
 
     def _line(self, text: Text) -> None:
         self._console.print(text, soft_wrap=True)
@@ -144,18 +152,20 @@ class Terminal:
         return [(f"{weight:g}\u00d7", "italic yellow")] if weight not in (0.0, 1.0) else []
 
     def _sources(self, inspection: Inspection) -> Table:
-        table = _table("source", "rows", "errors", "cut", "duplicates", "tokens", "trained", "median", "longest")
         names = [source.name for source in inspection.sources]
-        for source in inspection.sources:
-            held_out = " (held out)" if source.split == "validation" and names.count(source.name) > 1 else ""
-            lengths = source.lengths
-            table.add_row(
-                Text(harmless(source.name) + held_out),
-                *(f"{number:,}" for number in (source.rows, source.errors, source.truncated, source.duplicates)),
-                count_text(source.tokens),
-                _share(source.trained_tokens, source.tokens),
-                *((f"{int(np.median(lengths)):,}", f"{int(lengths.max()):,}") if len(lengths) else ("", "")),
-            )
+        first = [
+            harmless(source.name)
+            + (" (held out)" if source.split == "validation" and names.count(source.name) > 1 else "")
+            for source in inspection.sources
+        ]
+        columns = _columns(inspection.sources)
+        room = self._console.width - max(map(cell_len, ("source", *first)))
+        for name in _DISPENSABLE:
+            if sum(2 + max(map(cell_len, (head, *cells))) for head, cells in columns.items()) > room:
+                columns.pop(name, None)
+        table = _table("source", *columns)
+        for name, *cells in zip(first, *columns.values(), strict=True):
+            table.add_row(Text(name), *cells)
         return table
 
     def _roles(self, inspection: Inspection) -> Table:
@@ -167,6 +177,24 @@ class Terminal:
             if tokens:
                 table.add_row(role, count_text(tokens), _share(trained, tokens), _share(trained, total))
         return table
+
+
+def _columns(sources: Sequence[SourceStatistics]) -> dict[str, list[str]]:
+    """What is said of each source, by the name of the column."""
+    columns = {"rows": [f"{source.rows:,}" for source in sources]}
+    if any(source.samples != source.rows for source in sources):
+        columns["samples"] = [f"{source.samples:,}" for source in sources]
+    columns["errors"] = [f"{source.errors:,}" for source in sources]
+    if any(source.dropped for source in sources):
+        columns["dropped"] = [f"{source.dropped:,}" for source in sources]
+    return columns | {
+        "cut": [f"{source.truncated:,}" for source in sources],
+        "duplicates": [f"{source.duplicates:,}" for source in sources],
+        "tokens": [count_text(source.tokens) for source in sources],
+        "trained": [_share(source.trained_tokens, source.tokens) for source in sources],
+        "median": [f"{int(np.median(source.lengths)):,}" if len(source.lengths) else "" for source in sources],
+        "longest": [f"{int(source.lengths.max()):,}" if len(source.lengths) else "" for source in sources],
+    }
 
 
 def _table(first: str, *others: str) -> Table:

@@ -7,8 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+
+
+def plural(count: int, noun: str) -> str:
+    """`count` with its noun: 1 row, 2 rows."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,15 @@ class InspectedRow:
     """Tokens that were cut off; 0 for none."""
     roles: Mapping[str, tuple[int, int]]
     """(tokens, trained tokens) by the origin's role: system, user, tool, assistant, tools, template."""
+    message: int | None = None
+    """Where each turn is a sample: the message whose turn it is."""
+    dropped: bool = False
+    """Whether it gives no sample because the recipe chose so of such rows; `error` says why."""
+
+    @property
+    def name(self) -> str:
+        turn = "" if self.message is None else f", messages[{self.message}]"
+        return f"{self.source}, row {self.index:,}{turn}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +78,13 @@ class SourceStatistics:
     """Rows that give the same tokens and weights as one before them, of this source or another."""
     lengths: np.ndarray
     """int32: tokens of each row that gives a sample, in order; of a row that gives several, of each sample."""
+    dropped: int = 0
+    """What the recipe chose to drop; `errors` are others."""
+
+    @property
+    def samples(self) -> int:
+        """Samples, and rows or turns that give none: the rows, but where each turn is a sample."""
+        return len(self.lengths) + self.errors + self.dropped
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +93,7 @@ class DataWarning:
 
     kind: str
     text: str
+    """What is said of `count` rows (give no sample; of one: gives no sample), or a whole sentence."""
     count: int
     rows: tuple[tuple[str, int], ...]
     """(source, index) of the first of these rows."""
@@ -98,3 +121,9 @@ class Inspection:
     sources: tuple[SourceStatistics, ...]
     warnings: tuple[DataWarning, ...]
     packing: PackingFill | None
+    unit: Literal["row", "sample"] = "row"
+    """What is counted: samples where each turn is one."""
+
+    @property
+    def num_counted(self) -> int:
+        return sum(source.rows if self.unit == "row" else source.samples for source in self.sources)

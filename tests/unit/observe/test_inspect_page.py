@@ -297,7 +297,10 @@ def test_a_warning_links_to_the_first_of_the_samples_that_a_row_gives():
 
 
 def test_tables_have_a_line_a_source_and_their_sum():
-    other = statistics("b", split="validation", rows=1, errors=0, tokens=600, trained_tokens=150, truncated=0)
+    one = np.array([600], np.int32)
+    other = statistics(
+        "b", split="validation", rows=1, errors=0, tokens=600, trained_tokens=150, truncated=0, lengths=one
+    )
     page = Page(render(inspection(sources=[statistics(), other])))
     head, first, second, total = page.table(0)
     assert head[:4] == ["Source", "Split", "Rows", "Errors"]
@@ -306,6 +309,10 @@ def test_tables_have_a_line_a_source_and_their_sum():
     assert total[:9] == ["All", "", "13", "2", "1.60 k", "25.0%", "8", "3", "154"]
     assert first[9:12] == ["50", "90", "100"]
     assert len(Page(render(inspection(sources=[other]))).table(0)) == 2, "no sum of one"
+    turns = statistics("turns", rows=5, errors=1, dropped=1)
+    head, first, second, _ = Page(render(inspection(sources=[other, turns]))).table(0)
+    assert head[2:6] == ["Rows", "Samples", "Errors", "Dropped"]
+    assert (first[2:6], second[2:6]) == (["1", "1", "0", "0"], ["5", "12", "1", "1"])
 
 
 def test_the_trained_share_is_given_by_role_and_source():
