@@ -56,7 +56,7 @@ def build_parser(with_keys: bool = False) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sft.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe")
-    sft.add_argument("overrides", nargs="*", metavar="a.b=c", help="keys to change, such as optim.lr=2e-5")
+    sft.add_argument("overrides", nargs="*", default=(), metavar="a.b=c", help="keys to change, such as optim.lr=2e-5")
     sft.add_argument("--dry-run", action="store_true", help="do everything but train: read, check, load, probe")
 
     commands.add_parser("schema", help="print the JSON schema of a recipe, for editors")
@@ -71,6 +71,7 @@ def build_parser(with_keys: bool = False) -> argparse.ArgumentParser:
     evaluate.add_argument(
         "overrides",
         nargs="*",
+        default=(),
         metavar="key=value",
         help="source keys (prompt_key=question) and recipe keys (data.max_length=2048)",
     )
@@ -86,6 +87,7 @@ def build_parser(with_keys: bool = False) -> argparse.ArgumentParser:
     inspect.add_argument(
         "overrides",
         nargs="*",
+        default=(),
         metavar="key=value",
         help="recipe keys (data.max_length=2048); with DATA also its source's keys (prompt_key=question)",
     )
@@ -130,13 +132,24 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The arguments, with overrides wherever they stand between options."""
     parser = build_parser(with_keys=bool({"-h", "--help"} & set(arguments)) and "sft" in arguments)
     parsed, rest = parser.parse_known_args(arguments)
-    overrides = [a for a in rest if not a.startswith("-") and "=" in a]
-    unknown = [a for a in rest if a not in overrides]
+    takes_words = parsed.command == "inspect"  # which says of further files how to name them
+    overrides = [a for a in rest if not a.startswith("-") and ("=" in a or takes_words)]
+    options = [a for a in rest if a.startswith("-")]
+    unknown = options or [a for a in rest if a not in overrides]
     if unknown or (overrides and not hasattr(parsed, "overrides")):
-        parser.error(f"unknown argument {(unknown or overrides)[0]!r} for {parsed.command}")
+        wrong = (unknown or overrides)[0]
+        command = _command_parser(parser, parsed.command)
+        known = [option for action in command._actions for option in action.option_strings]
+        near = difflib.get_close_matches(wrong.partition("=")[0], known, 1, 0.6) if wrong.startswith("-") else []
+        command.error(f"unknown argument {wrong!r}" + (f"; did you mean {near[0]}?" if near else ""))
     if overrides:
         parsed.overrides = [*parsed.overrides, *overrides]
     return parsed
+
+
+def _command_parser(parser: argparse.ArgumentParser, command: str) -> argparse.ArgumentParser:
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return commands.choices[command]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

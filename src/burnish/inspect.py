@@ -7,6 +7,7 @@ Arguments in, output and exit status out; `inspector.py` reads and counts, `obse
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,7 +17,7 @@ from typing import Any, Literal, TextIO, cast
 
 import numpy as np
 
-from burnish.config import Recipe, RecipeError
+from burnish.config import Recipe, RecipeError, SourceConfig
 from burnish.files import write_whole
 from burnish.inspector import Inspector
 from burnish.observe.inspection import InspectedRow, Inspection, plural
@@ -47,10 +48,20 @@ class Request:
 
 
 def inspect(request: Request) -> int:
-    """Show what the request asks for; the exit status: 0 where every row rendered, 3 where some are errors.
+    """Show what the request asks for; the exit status: 0 where every row rendered, 3 where some give no sample.
 
     Raises UserError for arguments, files or rows as a whole that cannot be used.
     """
+    try:
+        return _inspect(request)
+    except UserError as error:
+        if request.is_recipe:
+            raise
+        # The recipe that is made of the arguments names the rows' keys otherwise than the user does.
+        raise type(error)(re.sub(r"data\.train\.0(\.path=|\.|: )", "", str(error))) from None
+
+
+def _inspect(request: Request) -> int:
     if request.format == "html" and request.out is None and sys.stdout.isatty():
         raise UserError("--format html writes a page; name a file for it with --out, or redirect the output")
     if request.tokens and request.format != "terminal":
@@ -142,6 +153,7 @@ def requested_recipe(request: Request) -> Recipe:
     if request.chat_template_kwargs is not None:
         options["data.chat_template_kwargs"] = _kwargs(request.chat_template_kwargs)
     written = [f"{key}={json.dumps(value)}" for key, value in options.items()]
+    _check_overrides(request)
     if request.is_recipe:
         return read_recipe(request.target, [*request.overrides, *written])
     if request.tokenizer is None:
@@ -153,6 +165,18 @@ def requested_recipe(request: Request) -> Recipe:
     # The model is never opened, and a stream's rows are counted here.
     tree = {"model": {"path": request.tokenizer}, "data": {"train": [{"path": request.target}]}, "train": {"steps": 1}}
     return recipe_from_dict(tree, [*keys, *written])
+
+
+def _check_overrides(request: Request) -> None:
+    for override in request.overrides:
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise RecipeError(
+                f"{override}: one target is inspected, here {request.target}; name several files by a glob "
+                "('rows/*.jsonl') or as data.train of a recipe, and keys as key=value"
+            )
+        if request.is_recipe and key in SourceConfig.model_fields:
+            raise RecipeError(f"{override}: that is a source's key; did you mean data.train.0.{override}?")
 
 
 def _kwargs(text: str) -> dict[str, Any]:

@@ -437,13 +437,16 @@ def test_harmless_text() -> None:
     ("arguments", "message"),
     [
         ((), "--tokenizer is missing"),
-        (("--tokenizer", "TOKENIZER", "promt_key=x"), "did you mean data.train.0.prompt_key?"),
+        (("--tokenizer", "TOKENIZER", "promt_key=x"), 'promt_key="x": no such key; did you mean prompt_key?'),
         (("--tokenizer", "TOKENIZER", "data.trian_on=last"), "did you mean data.train_on?"),
         (("--tokenizer", "TOKENIZER", "--chat-template", "nowhere.jinja"), "nowhere.jinja: no such file"),
         (("--tokenizer", "TOKENIZER", "--chat-template-kwargs", "{"), "not JSON"),
         (("--tokenizer", "TOKENIZER", "--chat-template-kwargs", "[]"), "must be a JSON object"),
         (("--tokenizer", "TOKENIZER", "--out", "/nowhere/file"), "--out=/nowhere/file cannot be written"),
         (("--tokenizer", "TOKENIZER", "slice=8:9"), "its slice keeps none of 1 rows"),
+        (("--tokenizer", "TOKENIZER", "query_key=x"), "error: query_key=x: no row has this column"),
+        (("b.jsonl", "--tokenizer", "TOKENIZER"), "b.jsonl: one target is inspected"),
+        (("--tokenizer", "TOKENIZER", "b.jsonl"), "b.jsonl: one target is inspected"),
     ],
 )
 def test_unusable_arguments(
@@ -465,6 +468,22 @@ def test_missing_rows_and_bad_options(capsys: pytest.CaptureFixture[str], chatml
         with pytest.raises(SystemExit) as stopped:
             main(["inspect", "rows.jsonl", *options])
         assert stopped.value.code == 2
+
+
+def test_usage_errors_name_what_was_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, messages in {
+        ("rows.jsonl", "--tokenzer", "x"): (
+            "unknown argument '--tokenzer'; did you mean --tokenizer?", "`burnish inspect --help`"
+        ),
+        (): ("required: RECIPE.yaml|DATA\n", "`burnish inspect --help`"),
+    }.items():  # fmt: skip
+        with pytest.raises(SystemExit) as stopped:
+            main(["inspect", *arguments])
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert all(message in err for message in messages), err
+    status, _, err = run(capsys, "recipe.yaml", "prompt_key=x")
+    assert (status, "did you mean data.train.0.prompt_key=x?" in err) == (2, True)
 
 
 def test_options_reach_the_recipe(tmp_path: Path) -> None:
