@@ -55,7 +55,9 @@ def _highlights(inspection: Inspection) -> str:
         figures.insert(2, ("Dropped", f"{num_dropped:,}", share))
     if inspection.packing:
         packing = inspection.packing
-        figures.append(("Packing", f"{packing.fill:.1%}", f"{packing.packs:,} packs of {packing.budget:,} tokens"))
+        figures.append(
+            ("Packing", f"{packing.fill:.1%}", f"{plural(packing.packs, 'pack')} of {packing.budget:,} tokens")
+        )
     return tiles(figures)
 
 
@@ -171,7 +173,7 @@ def _role(role: str, counts: Sequence[Mapping[str, tuple[int, int]]]) -> str:
 
 def _packing(packing: PackingFill) -> str:
     return (
-        f"<h3>Packing</h3><p>All training rows fill {packing.packs:,} packs of {packing.budget:,} tokens to "
+        f"<h3>Packing</h3><p>All training rows fill {plural(packing.packs, 'pack')} of {packing.budget:,} tokens to "
         f'{packing.fill:.1%}.</p><svg class="fill" role="img" aria-label="{packing.fill:.1%} filled">'
         f'<rect class="room" width="100%" height="100%"/><rect width="{100 * packing.fill:.1f}%" height="100%"/></svg>'
     )

@@ -161,6 +161,11 @@ def test_every_section_is_there():
     assert "25.0% trained" in tiles.text
 
 
+def test_one_pack():
+    page = Page(render(inspection([], [statistics()], packing=PackingFill(8192, 1, 0.5))))
+    assert "All training rows fill 1 pack of 8,192 tokens to 50.0%." in page.by_id("data").text
+
+
 def test_an_inspection_of_nothing_and_one_of_errors_alone():
     assert "Rows0" in Page(render(inspection())).by_class("tiles")[0].text
     nothing = statistics(errors=12, tokens=0, trained_tokens=0, roles={}, lengths=np.zeros(0, np.int32))
