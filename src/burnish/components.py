@@ -33,6 +33,7 @@ from burnish.model.vocabulary import TokenizerFacts, check_vocabulary, stop_ids
 from burnish.model.zoo import Loaded, adopt_model, load_model
 from burnish.observe.flops import peak_flops
 from burnish.observe.metrics import Stopwatch, Utilisation
+from burnish.parts import read_template
 from burnish.resume import altering_keys
 from burnish.train.loss import CrossEntropy
 from burnish.train.optim import DTYPES
@@ -100,9 +101,7 @@ class Components:
             tokenizer = _load_tokenizer(self.recipe.model, self.loaded.folder)
         template = self.recipe.data.chat_template
         if template is not None:
-            if not Path(template).is_file():
-                raise RecipeError(f"data.chat_template={template}: no such file; give the path of a Jinja template")
-            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+            tokenizer.chat_template = read_template(template)
         return tokenizer
 
     @cached_property

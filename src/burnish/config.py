@@ -232,7 +232,6 @@ class DataConfig(Section):
     renderer: str | None = None
     """A function that writes prompts in place of a chat template: deepseek_v32, or the dotted path of your own."""
 
-
     @model_validator(mode="after")
     def _nothing_in_vain(self) -> DataConfig:
         if self.renderer is not None and self.chat_template is not None:

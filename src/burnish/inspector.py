@@ -45,6 +45,8 @@ MEANINGS = {
     "high_share": "train more than 95 % of the tokens",
     "open_turn": "have a turn that no end-of-turn token ends; data.open_turns=close ends a last one",
     "straddling": "have tokens that hold both trained and other characters",
+    "undeclared_stop": "end a turn with a token that no configuration declares a stop, so that generation may run on",
+    "stop_amid_turn": "have a stop amid a turn, where generation ends before the turn does",
     "no_header": "have a turn that begins otherwise than inference asks for one; all of it is trained",
     "generation_block": "differ between the template's generation blocks and what the model would generate",
 }
@@ -228,10 +230,7 @@ class Inspector:
     ) -> InspectedRow:
         data = self.parts.recipe.data
         key, chosen = ("over_long", data.over_long) if is_over_long else ("bad_rows", data.bad_rows)
-        text = str(error)
-        if chosen == "drop":
-            # What would remedy it is chosen already; other errors have remedies that still hold.
-            text = f"{text.partition('; ')[0] if is_over_long else text} (data.{key}=drop)"
+        text = f"{error} (data.{key}=drop)" if chosen == "drop" else str(error)
         nothing = np.empty(0, np.int32), np.empty(0, np.float32)
         return InspectedRow(
             index, source, where, text, *nothing, "", (), (), (), 0, {}, message, dropped=chosen == "drop"

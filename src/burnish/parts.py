@@ -252,6 +252,21 @@ def _sources(data: DataConfig) -> Iterator[tuple[str, SourceConfig]]:
         yield from ((f"data.{split}.{number}", config) for number, config in enumerate(configs))
 
 
+def read_template(file: str) -> str:
+    """The Jinja template that data.chat_template names. Raises RecipeError where there is none in the file."""
+    if not Path(file).is_file():
+        raise RecipeError(f"data.chat_template={file}: no such file; give the path of a Jinja template")
+    try:
+        template = Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"data.chat_template={file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
+    if not template.strip():
+        raise RecipeError(f"data.chat_template={file} is empty; write a Jinja template, or leave the key out")
+    return template
+
+
 @dataclass(frozen=True)
 class Parts:
     """The parts of `recipe`. Without `is_whole` it was made for rows alone: its model may be a tokenizer's folder, and
@@ -334,19 +349,7 @@ class Parts:
     @cached_property
     def _template_file(self) -> str | None:
         file = self.recipe.data.chat_template
-        if file is None:
-            return None
-        if not Path(file).is_file():
-            raise RecipeError(f"data.chat_template={file}: no such file; give the path of a Jinja template")
-        try:
-            template = Path(file).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise RecipeError(
-                f"data.chat_template={file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-            ) from None
-        if not template.strip():
-            raise RecipeError(f"data.chat_template={file} is empty; write a Jinja template, or leave the key out")
-        return template
+        return None if file is None else read_template(file)
 
     @cached_property
     def date(self) -> str:

@@ -287,9 +287,8 @@ class TextTokenizer:
                     Notice("open_turn", f"messages[{turn.message}]: its end {written!r} is not one token here")
                 )
         if straddling:
-            notices.append(
-                Notice("straddling", f"{straddling} tokens hold both trained and other characters, and count as whole")
-            )
+            tokens_hold = "1 token holds" if straddling == 1 else f"{straddling} tokens hold"
+            notices.append(Notice("straddling", f"{tokens_hold} both trained and other characters, and count as whole"))
         return Encoded(tokens, loss_weights, draft.text, tuple(notices), tuple(draft.turns), places)
 
     def _weigh_text(self, draft: _Draft, encoding: Encoding) -> Encoded:

@@ -211,10 +211,8 @@ class Preparer:
             raise RowError(f"token id {largest} is outside the model's embedding of {self.vocab_size} rows")
         limit, most = min(self.limits.items(), key=lambda named: named[1])
         if self.over_long != "truncate" and len(encoded.tokens) > most:
-            raise _OverLong(
-                f"{len(encoded.tokens)} tokens, more than {limit}={most}; "
-                "raise that, or set data.over_long to drop or truncate"
-            )
+            remedy = "; raise that, or set data.over_long to drop or truncate" if self.over_long == "error" else ""
+            raise _OverLong(f"{len(encoded.tokens)} tokens, more than {limit}={most}{remedy}")
         return truncate(encoded, most, self.truncate_side)
 
 
