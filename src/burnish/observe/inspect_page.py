@@ -125,12 +125,15 @@ def _numbers(sources: Sequence[SourceStatistics], every: Sequence[SourceStatisti
     numbers["Errors"] = f"{sum(s.errors for s in sources):,}"
     if any(s.dropped for s in every):
         numbers["Dropped"] = f"{sum(s.dropped for s in sources):,}"
-    return numbers | {
+    numbers |= {
         "Tokens": count_text(tokens),
         "Trained": _share(trained, tokens),
         "Duplicates": f"{sum(s.duplicates for s in sources):,}",
         "Cut": f"{sum(s.truncated for s in sources):,}",
-        "Tokens cut off": f"{sum(s.tokens_cut for s in sources):,}",
+    }
+    if any(s.truncated for s in every):
+        numbers["Tokens cut off"] = f"{sum(s.tokens_cut for s in sources):,}"
+    return numbers | {
         "Median": f"{lengths.median:,}" if lengths else "",
         "p95": f"{lengths.percentile_95:,}" if lengths else "",
         "Longest": f"{lengths.longest:,}" if lengths else "",
