@@ -21,12 +21,10 @@ from tokenizers import Encoding, Tokenizer
 from burnish.data.places import ChatPlaces, Places, Span, TextPlaces, spans_of
 from burnish.data.renderer import FunctionTemplate, load_renderer, renderer_digest
 from burnish.data.template import ChatTemplate, Rendering, Template, common_prefix
+from burnish.data.turn_places import Chat, Notice, Stops
 from burnish.data.turns import (
     ASSISTANT_TURNS,
-    Chat,
-    Notice,
     Selection,
-    Stops,
     Turn,
     closed_last,
     message_weights,

@@ -15,7 +15,8 @@ import numpy as np
 from tokenizers import Encoding
 
 from burnish.data.template import Rendering
-from burnish.data.turns import Stops, Turn, untrained_stops
+from burnish.data.turn_places import Stops
+from burnish.data.turns import Turn, untrained_stops
 from burnish.types import Message, RowError
 
 _ROLES = {"developer": "system"}

@@ -33,7 +33,8 @@ from burnish.data.prepare import (
     counted,
     counts_text,
 )
-from burnish.data.turns import ASSISTANT_TURNS, Notice, Selection
+from burnish.data.turn_places import Notice
+from burnish.data.turns import ASSISTANT_TURNS, Selection
 from burnish.types import RowError, Sample, Status, UserError
 
 HEAVY = {"torch", "transformers", "datasets"}
