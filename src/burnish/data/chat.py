@@ -279,11 +279,6 @@ class TextTokenizer:
                     last += int(not draft.holds_others(end, behind[1], turn.message))
                 loss_weights[first:last] = turn.weight
             notices += turn.notices
-            if turn.stop is not None and places.characters(places.first_token(turn.stop[0])) != turn.stop:
-                written = draft.text[slice(*turn.stop)]
-                notices.append(
-                    Notice("open_turn", f"messages[{turn.message}]: its end {written!r} is not one token here")
-                )
         if straddling:
             tokens_hold = "1 token holds" if straddling == 1 else f"{straddling} tokens hold"
             notices.append(Notice("straddling", f"{tokens_hold} both trained and other characters, and count as whole"))
@@ -371,21 +366,21 @@ class TextTokenizer:
         """eos and the declared stop tokens; and the special tokens that the template writes, but for bos and pad."""
         if template not in self._known_stops:
             added = self._tokenizer.get_added_tokens_decoder()
-            declared = {
-                stop if isinstance(stop, int) else self._tokenizer.token_to_id(stop) for stop in self.stop_tokens
-            }
-            texts = {number: added[number].content for number in {self.eos_id, *declared} if number in added}
-            no_stops = {self.special_tokens.get("bos_token"), self.special_tokens.get("pad_token")} - set(
-                texts.values()
-            )
+            known = {stop if isinstance(stop, int) else self._tokenizer.token_to_id(stop) for stop in self.stop_tokens}
+            # One that must stand alone (`single_word`) is no token behind a turn's text.
+            ids = {n for n, token in added.items() if n in self._tokenizer.encode(f"a{token.content}a").ids}
+            declared = {added[number].content for number in ids & {self.eos_id, *known}}
+            no_stops = {self.special_tokens.get("bos_token"), self.special_tokens.get("pad_token")} - declared
             written = {
-                token.content
-                for token in added.values()
-                if token.special and token.content not in no_stops and template.may_write(token.content)
+                added[number].content
+                for number in ids
+                if added[number].special
+                and added[number].content not in no_stops
+                and template.may_write(added[number].content)
             }
             marks = (*sorted((token.content for token in added.values()), key=len, reverse=True), "\n")
             landmarks = re.compile("|".join(map(re.escape, marks)))
-            self._known_stops[template] = Stops(frozenset(texts.values()), frozenset(written), landmarks)
+            self._known_stops[template] = Stops(frozenset(declared), frozenset(written), landmarks)
         return self._known_stops[template]
 
 

@@ -1,28 +1,24 @@
 """Text that knows who wrote each of its characters, through whatever a template does to it.
 
 `Traced` is a str that carries its characters' origins through slices, joins and every other method of str; the
-functions below do for Jinja's own joining, filters and loops what its methods do for Python's. Knows no chat.
+functions below do the same for joining, printing, `%`, `format`, JSON and Markup. Knows no template and no chat.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import operator
 import re
 import string
 import threading
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-from jinja2.filters import FILTERS
 from jinja2.runtime import Undefined
 from jinja2.utils import Namespace
 from markupsafe import Markup
 
 from burnish.types import Origin
-
-Wrapped = TypeVar("Wrapped")
 
 
 class Pass(str):
@@ -255,10 +251,6 @@ class Traced(str):
         return derived(str.zfill(self, width), self)
 
 
-# What a template's own refusal says of a text's type.
-Traced.__name__, Traced.__module__ = "str", "builtins"
-
-
 class TracedMarkup(Markup):
     """What `|safe` and `|escape` make of text: Jinja's Markup, which escapes what is added to it, with origins.
 
@@ -396,7 +388,7 @@ def _by_run(text: Traced, change: Callable[[str], str]) -> str:
     return _make(changed, tuple((len(part), *run[1:]) for part, run in zip(parts, text._runs, strict=True)))
 
 
-def joined(pieces: Iterable[Any]) -> str:
+def joined(pieces: Iterable[Any]) -> Traced:
     """`"".join(map(str, pieces))` with origins. Marks of passes among them say where the pieces behind them stand."""
     texts: list[str] = []
     runs: list[Run] = []
@@ -424,6 +416,17 @@ def joined(pieces: Iterable[Any]) -> str:
     return _make("".join(texts), tuple(runs))
 
 
+def marked_up(result: Markup, value: Any) -> TracedMarkup:
+    """Markup that was made of `value`, with the origins of text that it leaves as it is."""
+    if isinstance(value, TracedMarkup):
+        return value
+    text, plain = as_text(value), str.__str__(result)
+    kept = text if str.__eq__(text, plain) else derived(plain, text)
+    made = TracedMarkup(result)
+    made._runs = kept._runs if isinstance(kept, Traced) else ((len(made), None, HERE.now),)
+    return made
+
+
 def as_text(value: Any) -> str:
     """`str(value)` with origins."""
     kind = type(value)
@@ -441,9 +444,7 @@ def is_traced(value: Any) -> bool:
     """Whether there is text of a known or lost author in a value."""
     if type(value) is str:
         return False
-    authors = set[Author]()
-    _collect(value, authors, None)
-    return bool(authors - {None})
+    return bool(authors_of(value))
 
 
 def joined_if_traced(pieces: Iterable[Any]) -> str:
@@ -465,10 +466,22 @@ def to_json(value: Any, containers: Mapping[int, Origin], **options: Any) -> str
     return _by_authors_of(value, json.dumps(value, **options), containers)
 
 
-def _by_authors_of(source: Any, text: str, containers: Mapping[int, Origin] | None) -> str:
+def numbered(number: Any, source: Any) -> Any:
+    """A number that was made of `source`, by its one author."""
+    authors = authors_of(source)
+    author = next(iter(authors)) if len(authors) == 1 else None
+    return trace_value(number, author, {}) if isinstance(author, Origin) and type(number) in (int, float) else number
+
+
+def authors_of(value: Any, containers: Mapping[int, Origin] | None = None) -> set[Author]:
+    """Who wrote the text in a value, the template's own words aside."""
     authors = set[Author]()
-    _collect(source, authors, containers)
-    authors.discard(None)
+    _collect(value, authors, containers)
+    return authors - {None}
+
+
+def _by_authors_of(source: Any, text: str, containers: Mapping[int, Origin] | None) -> str:
+    authors = authors_of(source, containers)
     if not authors:
         return text
     author = next(iter(authors)) if len(authors) == 1 else _common(authors)
@@ -513,12 +526,7 @@ _SEARCHED = (list, tuple, set, frozenset, Mapping, KeysView, ValuesView, ItemsVi
 
 def _in_place_of(old: str, new: str) -> str:
     """`new` where `old` stood: its own author's, or by the author of what it replaces, if only one of them has any."""
-    of_old, of_new = set[Author](), set[Author]()
-    _collect(old, of_old, None)
-    _collect(new, of_new, None)
-    if of_old <= {None}:
-        return new
-    return derived(str.__str__(new), old, *([new] if of_new - {None} else []))
+    return derived(str.__str__(new), old, new) if authors_of(old) else new
 
 
 _CONVERSION = re.compile(r"%(?:\((?P<name>[^)]*)\))?(?P<form>[#0\- +]*[\d*]*(?:\.[\d*]*)?[hlL]?)(?P<kind>.)", re.DOTALL)
@@ -570,95 +578,3 @@ def formatted(formatter: string.Formatter, form: str, values: Sequence[Any], nam
             pieces.append(as_text(value))
     text = joined_if_traced(pieces)
     return text if text == whole else derived(whole, form, values, named)
-
-
-# --- Jinja's filters ---
-
-
-def _following(function: Callable[..., Wrapped]) -> Callable[..., Wrapped]:
-    """A filter whose text has, where it lost its origins, the author of what went in."""
-
-    @functools.wraps(function)
-    def follow(*arguments: Any, **options: Any) -> Any:
-        return derived(function(*arguments, **options), *arguments, *options.values())
-
-    return follow
-
-
-def _marked_up(function: Callable[[Any], Markup]) -> Callable[[Any], Any]:
-    """A filter that makes Markup, which keeps the origins of text that it leaves as it is."""
-
-    @functools.wraps(function)
-    def mark_up(value: Any) -> Any:
-        if type(value) is Pass:
-            return value
-        text, result = as_text(value), function(value)
-        if isinstance(value, TracedMarkup):
-            return value
-        made = TracedMarkup(result)
-        kept = text if str.__eq__(text, str.__str__(result)) else derived(str.__str__(result), text)
-        made._runs = kept._runs if isinstance(kept, Traced) else ((len(made), None, HERE.now),)
-        return made
-
-    return mark_up
-
-
-def _join(evaluation: Any, values: Iterable[Any], between: str = "", attribute: Any = None) -> str:
-    if attribute is not None:
-        return derived(_JINJA_JOIN(evaluation, values, between, attribute), *values)
-    pieces = [as_text(value) for value in values]
-    separated: list[Any] = [as_text(between)] * max(2 * len(pieces) - 1, 0)
-    separated[::2] = pieces
-    return joined_if_traced(separated)
-
-
-def _indent(text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    if isinstance(text, Markup):
-        return FILTERS["indent"](text, width, first, blank)
-    indention = width if isinstance(width, str) else " " * width
-    lines = joined_if_traced((text, "\n")).splitlines()
-    pieces = [indention] if first else []
-    for number, line in enumerate(lines):
-        pieces += ["\n" if number else "", indention if number and (line or blank) else "", line]
-    return joined_if_traced(pieces)
-
-
-def _format(value: str, *arguments: Any, **named: Any) -> str:
-    if arguments and named:
-        return FILTERS["format"](value, *arguments, **named)  # raises what Jinja raises
-    return percent(value, named or arguments)
-
-
-def _numbered(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that makes a number, which has the one author of what it was made of."""
-
-    @functools.wraps(function)
-    def number(value: Any, *arguments: Any, **options: Any) -> Any:
-        result = function(value, *arguments, **options)
-        authors = set[Author]()
-        _collect(value, authors, None)
-        authors.discard(None)
-        author = next(iter(authors)) if len(authors) == 1 else None
-        if isinstance(author, Origin) and type(result) in (int, float):
-            return trace_value(result, author, {})
-        return result
-
-    return number
-
-
-_JINJA_JOIN = FILTERS["join"]
-_FOLLOWED = (
-    "capitalize", "center", "filesizeformat", "pprint", "replace", "striptags",
-    "title", "truncate", "urlencode", "urlize", "wordwrap", "xmlattr",
-)  # fmt: skip
-
-TRACED_FILTERS: Mapping[str, Callable[..., Any]] = {
-    **{name: _following(FILTERS[name]) for name in _FOLLOWED},
-    **{name: _marked_up(FILTERS[name]) for name in ("e", "escape", "forceescape", "safe")},
-    **{name: _numbered(FILTERS[name]) for name in ("int", "float", "abs", "round")},
-    "string": as_text,
-    "format": _format,
-    "join": functools.wraps(_JINJA_JOIN)(_join),
-    "indent": _indent,
-}
-"""Filters by Jinja's names, with origins; the others keep them as they are."""

@@ -87,7 +87,7 @@ RENDERERS = {"deepseek_v32": "burnish.data.deepseek_v32.render"}
 def load_renderer(name: str) -> Renderer:
     """The function at a dotted path, or the one that burnish brings. Raises UserError where there is none."""
     path = RENDERERS.get(name, name)
-    if os.getcwd() not in sys.path:
+    if name not in RENDERERS and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where a recipe's own modules lie; the installed command does not look there
     module, _, attribute = path.rpartition(".")
     try:

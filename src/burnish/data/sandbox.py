@@ -6,8 +6,9 @@ Knows nothing of turns and tokens.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime, time
 from types import BuiltinMethodType, MethodType
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import jinja2
 import jinja2.ext
 from jinja2 import nodes
+from jinja2.filters import FILTERS
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
@@ -26,15 +28,17 @@ from burnish.data.origin import (
     GENERATION_STARTS,
     HERE,
     OUTSIDE,
-    TRACED_FILTERS,
     Pass,
     Traced,
     as_text,
+    derived,
     enter,
     formatted,
     is_traced,
     joined,
     joined_if_traced,
+    marked_up,
+    numbered,
     percent,
     to_json,
 )
@@ -55,7 +59,7 @@ def compile_traced(source: str, day: date) -> jinja2.Template:
     template = environment.from_string(tree)
     # What the compiled template calls to join the operands of `~`, to print, and to escape.
     template.root_render_func.__globals__.update(
-        str_join=joined_if_traced, str=as_text, escape=TRACED_FILTERS["escape"], Markup=TRACED_FILTERS["safe"]
+        str_join=joined_if_traced, str=as_text, escape=_TRACED_FILTERS["escape"], Markup=_TRACED_FILTERS["safe"]
     )
     return _with_flat_globals(template)
 
@@ -248,6 +252,80 @@ class _TracedGenerationTag(jinja2.ext.Extension):
         return nodes.Scope([*marked, _filtered("burnish_generation", nodes.Const(False))]).set_lineno(line)
 
 
+def _following(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter whose text has, where it lost its origins, the author of what went in."""
+
+    @functools.wraps(function)
+    def follow(*arguments: Any, **options: Any) -> Any:
+        return derived(function(*arguments, **options), *arguments, *options.values())
+
+    return follow
+
+
+def _marking_up(function: Callable[[Any], Markup]) -> Callable[[Any], Any]:
+    """A filter that makes Markup."""
+
+    @functools.wraps(function)
+    def mark_up(value: Any) -> Any:
+        return value if type(value) is Pass else marked_up(function(value), value)
+
+    return mark_up
+
+
+def _join(evaluation: Any, values: Iterable[Any], between: str = "", attribute: Any = None) -> str:
+    if attribute is not None:
+        return derived(_JINJA_JOIN(evaluation, values, between, attribute), *values)
+    pieces = [as_text(value) for value in values]
+    separated: list[Any] = [as_text(between)] * max(2 * len(pieces) - 1, 0)
+    separated[::2] = pieces
+    return joined_if_traced(separated)
+
+
+def _indent(text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    if isinstance(text, Markup):
+        return FILTERS["indent"](text, width, first, blank)
+    indention = width if isinstance(width, str) else " " * width
+    lines = joined_if_traced((text, "\n")).splitlines()
+    pieces = [indention] if first else []
+    for number, line in enumerate(lines):
+        pieces += ["\n" if number else "", indention if number and (line or blank) else "", line]
+    return joined_if_traced(pieces)
+
+
+def _format(value: str, *arguments: Any, **named: Any) -> str:
+    if arguments and named:
+        return FILTERS["format"](value, *arguments, **named)  # raises what Jinja raises
+    return percent(value, named or arguments)
+
+
+def _numbering(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that makes a number."""
+
+    @functools.wraps(function)
+    def number(value: Any, *arguments: Any, **options: Any) -> Any:
+        return numbered(function(value, *arguments, **options), value)
+
+    return number
+
+
+_JINJA_JOIN = FILTERS["join"]
+_FOLLOWED = (
+    "capitalize", "center", "filesizeformat", "pprint", "replace", "striptags",
+    "title", "truncate", "urlencode", "urlize", "wordwrap", "xmlattr",
+)  # fmt: skip
+
+_TRACED_FILTERS: Mapping[str, Callable[..., Any]] = {
+    **{name: _following(FILTERS[name]) for name in _FOLLOWED},
+    **{name: _marking_up(FILTERS[name]) for name in ("e", "escape", "forceescape", "safe")},
+    **{name: _numbering(FILTERS[name]) for name in ("int", "float", "abs", "round")},
+    "string": as_text,
+    "format": _format,
+    "join": functools.wraps(_JINJA_JOIN)(_join),
+    "indent": _indent,
+}
+"""Filters by Jinja's names, with origins; the others keep them as they are."""
+
+
 class _TracedEnvironment(_Environment):
     """The same sandbox for text that carries its origin."""
 
@@ -258,7 +336,7 @@ class _TracedEnvironment(_Environment):
     def __init__(self, day: date) -> None:
         super().__init__(day)
         marks = {"burnish_begin": _begin_pass, "burnish_end": _end_pass, "burnish_generation": _generation_mark}
-        self.filters |= {**TRACED_FILTERS, **marks, "tojson": _traced_json}
+        self.filters |= {**_TRACED_FILTERS, **marks, "tojson": _traced_json}
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         # Methods of text are safe, and most of what templates call; they see no variables of Jinja's.

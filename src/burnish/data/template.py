@@ -7,7 +7,7 @@ loop names the message it is about. Knows characters only; which are trained is 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
@@ -17,17 +17,8 @@ import jinja2
 import jinja2.meta
 from jinja2 import nodes
 
-from burnish.data.origin import (
-    HERE,
-    OUTSIDE,
-    Author,
-    Generation,
-    Pass,
-    Traced,
-    joined,
-    trace_text,
-    trace_value,
-)
+from burnish.data.origin import HERE, OUTSIDE, Author, Generation, Pass, Traced, joined, trace_text, trace_value
+from burnish.data.origin import Run as TracedRun
 from burnish.data.sandbox import TRACING, Tracing, compile_plain, compile_traced, has_generation_blocks, parse
 from burnish.types import Conversation, Message, Origin, RowError, UserError
 
@@ -133,14 +124,25 @@ class ChatTemplate(Template):
     def render(self, conversation: Conversation, kwargs: Variables, **more: Any) -> str:
         """The text that `apply_chat_template(tokenize=False)` gives. Raises RowError where the template refuses."""
         messages = [message_dict(message) for message in conversation.messages]
-        with _refusals():
+        # The template is the model's code at work on the user's data, so whatever it raises is about this row.
+        try:
             return self._plain.render(self._variables(messages, conversation.tools, kwargs, more))
+        except jinja2.TemplateError as error:
+            raise RowError(f"the chat template refuses the conversation: {error}") from error
+        except Exception as error:
+            raise RowError(f"the chat template fails on the conversation: {type(error).__name__}: {error}") from error
 
     def trace(self, conversation: Conversation, kwargs: Variables) -> Rendering:
         """The rendering and the author of every character. Raises RowError where the template refuses."""
-        # A row's nested values may be deeper than Python can follow, which is about the row too.
-        with _refusals():
+        try:
             return self._traced_rendering(conversation, kwargs)
+        except RecursionError:
+            raise RowError("the row holds values that are nested deeper than they can be followed") from None
+        except RowError:
+            raise
+        except Exception:
+            self.render(conversation, kwargs)  # tells in the template's own words what fails there too
+            raise  # what fails only here is a fault of ours
 
     def _traced_rendering(self, conversation: Conversation, kwargs: Variables) -> Rendering:
         containers: dict[int, Origin] = {}
@@ -151,7 +153,10 @@ class ChatTemplate(Template):
         numbers = {id(message): number for number, message in enumerate(messages)}
         variables = self._variables(messages, tools, kwargs, {TRACING: Tracing(numbers, containers)})
         HERE.now = OUTSIDE
-        return self._read(self._traced.root_render_func(self._traced.new_context(variables)))
+        text = joined(self._traced.root_render_func(self._traced.new_context(variables)))
+        passes = {in_pass for _, _, in_pass in text._runs}
+        placed = frozenset(in_pass.message for in_pass in passes if in_pass.message is not None)
+        return Rendering(str.__str__(text), _resolve(text._runs), placed, self._has_blocks)
 
     def generation_prompt(self, conversation: Conversation, number: int, kwargs: Variables, before: str) -> str:
         if self._prompt_reads is None:
@@ -172,31 +177,6 @@ class ChatTemplate(Template):
         values = {"messages": messages, "tools": None if tools is None else list(tools), "documents": None}
         return {**self._special_tokens, **values, "add_generation_prompt": False, **kwargs, **more}
 
-    def _read(self, outputs: Iterator[Any]) -> Rendering:
-        """The outputs of a traced rendering, put together."""
-        texts: list[str] = []
-        pieces: list[tuple[int, Author, Pass]] = []
-        now = OUTSIDE
-        for output in outputs:
-            kind = type(output)
-            if kind is str:
-                texts.append(output)
-                pieces.append((len(output), None, now))
-                continue
-            if kind is Pass:
-                now = output
-                continue
-            text = output if kind is Traced else joined((output,))
-            assert type(text) is Traced, "joined text is traced"
-            texts.append(text)
-            if now is OUTSIDE:
-                pieces += text._runs
-            else:
-                pieces += [run if run[2] is not OUTSIDE else (run[0], run[1], now) for run in text._runs]
-        passes = {in_pass for _, _, in_pass in pieces}
-        placed = {in_pass.message for in_pass in passes if in_pass.message is not None}
-        return Rendering("".join(texts), _resolve(pieces), frozenset(placed), self._has_blocks)
-
 
 _GIVEN = {
     *("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token"),
@@ -205,7 +185,7 @@ _GIVEN = {
 """Variables that every template has, or that are no arguments."""
 
 
-def _resolve(pieces: Sequence[tuple[int, Author, Pass]]) -> tuple[Run, ...]:
+def _resolve(pieces: Sequence[TracedRun]) -> tuple[Run, ...]:
     """Runs of a whole rendering: passes become the messages whose turns they write.
 
     A pass that its loop does not name is about the one message whose text it prints; the text of a message that stands
@@ -251,7 +231,7 @@ def _resolve(pieces: Sequence[tuple[int, Author, Pass]]) -> tuple[Run, ...]:
     return tuple(runs)
 
 
-def _unnamed_turns(pieces: Sequence[tuple[int, Author, Pass]]) -> dict[Pass, int | None]:
+def _unnamed_turns(pieces: Sequence[TracedRun]) -> dict[Pass, int | None]:
     """The one message whose text stands in each pass that its loop does not name, None where there are several."""
     if all(in_pass.is_named or in_pass is OUTSIDE for in_pass in {in_pass for _, _, in_pass in pieces}):
         return {}
@@ -262,18 +242,6 @@ def _unnamed_turns(pieces: Sequence[tuple[int, Author, Pass]]) -> dict[Pass, int
             found.setdefault(place, set()).add(author.message)
             place = place.parent
     return {place: next(iter(messages)) if len(messages) == 1 else None for place, messages in found.items()}
-
-
-class _refusals:
-    """Within, what a template raises is about the row: it is the model's code at work on the user's data."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, jinja2.TemplateError):
-            raise RowError(f"the chat template refuses the conversation: {error}") from error
-        if isinstance(error, Exception) and not isinstance(error, RowError):
-            raise RowError(f"the chat template fails on the conversation: {type(error).__name__}: {error}") from error
 
 
 def message_dict(message: Message) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import AddedToken, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from burnish.config import LastTurns, Roles
@@ -625,15 +625,47 @@ def test_a_turn_that_the_template_skips_is_absent_though_others_say_the_same(pla
         "{{ r.content if r else '' }}{% if r %}<|im_end|>{{ '\\n' }}{% endif %}{% endfor %}",
     ],
 )
-def test_a_pass_may_write_two_turns(plain: PreTrainedTokenizerFast, loop: str) -> None:
-    ours = with_template(plain, loop + "{% if add_generation_prompt %}{% endif %}")
+def test_a_pass_that_writes_two_turns_is_no_ones(plain: PreTrainedTokenizerFast, loop: str) -> None:
     chat = Conversation((user("one"), answer("two"), user("three"), answer("four")))
-    try:
-        encoded = ours.encode(chat)
-    except RowError as error:
-        assert "cannot be sure" in str(error)  # noqa: PT017 (a refusal is right where the prompt does not show the header)
-        return
-    assert "one" not in "".join(trained_texts(ours, encoded))
+    with pytest.raises(RowError, match="in no loop over the messages, and not behind its prompt"):
+        with_template(plain, loop).encode(chat)
+    prompt = "{% if add_generation_prompt %}{{ 'U: ' + messages[-1].content + '\\nA: ' }}{% endif %}"
+    whole = (
+        "{% if messages|length % 2 == 0 or not add_generation_prompt %}" + loop + "{% else %}" + prompt + "{% endif %}"
+    )
+    first = Conversation(chat.messages[:2])
+    assert trained_texts(with_template(plain, whole), with_template(plain, whole).encode(first)) == ["two<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "found"),
+    [
+        ({"rstrip": True}, ["b<stop>"], []),
+        ({"lstrip": True}, ["b<stop>"], []),
+        ({"single_word": True}, ["b<stop>"], ["open_turn"]),
+    ],
+)
+def test_a_stop_is_one_that_the_tokenizer_knows_behind_words(
+    plain: PreTrainedTokenizerFast, options: dict[str, bool], expected: list[str], found: list[str]
+) -> None:
+    theirs: Any = copy.deepcopy(plain)
+    theirs.add_special_tokens({"eos_token": AddedToken("<stop>", special=True, normalized=False, **options)})
+    ours = with_template(theirs, LOOP.replace("<|im_end|>", "<stop>"))
+    encoded = ours.encode(Conversation((user("a"), answer("b"))))
+    assert trained_texts(ours, encoded)[0].startswith(expected[0])
+    assert [kind for kind in kinds(encoded) if kind != "straddling"] == found
+
+
+def test_a_fault_of_the_tracing_is_not_taken_for_the_rows(
+    plain: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(pieces: Any) -> None:
+        raise ZeroDivisionError("ours")
+
+    ours = with_template(plain, LOOP)
+    monkeypatch.setattr("burnish.data.template.joined", broken)
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        ours.encode(CHAT)
 
 
 def test_values_too_deep_to_follow_are_the_rows_fault(plain: PreTrainedTokenizerFast) -> None:
