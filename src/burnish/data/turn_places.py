@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 from burnish.data.template import Rendering, Run, Template, common_prefix
@@ -42,23 +41,18 @@ class Stops:
         texts = sorted(self.declared | self.written, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
 
-    def find(
-        self, text: str, start: int, end: int, header: str = "", said: str = "", is_sure: bool = True
-    ) -> tuple[int, int] | None:
+    def find(self, text: str, start: int, end: int, said: str = "", is_sure: bool = True) -> tuple[int, int] | None:
         """The first declared stop in characters [start, end), else the last written one.
 
-        What stands in the turn's `header` begins a turn and ends none; what closes a mark that the turn before `start`,
-        `said`, opened (`</think>`) ends a part. Where it is not sure that all of the characters are the turn's, it is
-        the last of the first written ones that stand side by side.
+        What closes a mark that the turn before `start`, `said`, opened (`</think>`) ends a part and no turn. Where it is
+        not sure that all of the characters are the turn's, a written one may begin the next turn and does not count.
         """
         found = [match.span() for match in self._pattern.finditer(text, start, end)]
         declared = next((span for span in found if text[slice(*span)] in self.declared), None)
-        if declared is not None:
+        if declared is not None or not is_sure:
             return declared
         closing = {"</" + token[1:] for token in self.written if token.startswith("<") and token in said}
-        written = [span for span in found if text[slice(*span)] not in header and text[slice(*span)] not in closing]
-        apart = (i for i, (one, other) in enumerate(pairwise(written)) if one[1] != other[0])
-        return written[-1 if is_sure else next(apart, -1)] if written else None
+        return next((span for span in reversed(found) if text[slice(*span)] not in closing), None)
 
     def has_declared(self, text: str, start: int, end: int) -> bool:
         """Whether a declared stop stands in characters [start, end)."""

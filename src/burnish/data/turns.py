@@ -247,8 +247,7 @@ def _assistant_turn(
     notices = list(header.notices)
     closing = max([text_start, *(run.end for run in runs if is_text_of(run, number))])
     is_sure = place.header is None
-    header_text, said = text[start:text_start], text[text_start:closing]
-    stop = stops.find(text, closing, end, header_text, said, is_sure) or next_stop(rendering, place, stops)
+    stop = stops.find(text, closing, end, text[text_start:closing], is_sure) or next_stop(rendering, place, stops)
     if stop is None:
         end = end if is_sure else closing
         notices.append(_open_turn(text, number, closing, end, stops, selection))

@@ -683,3 +683,31 @@ def test_arguments_that_are_the_templates_own_are_refused(plain: PreTrainedToken
     chat = Conversation(CHAT.messages, template_kwargs={name: True})
     with pytest.raises(RowError, match=f"sets {name}"):
         with_template(plain, LOOP).encode(chat)
+
+
+def outside_any_loop(open_user: str, open_assistant: str, end: str) -> str:
+    """Three turns written one by one, each ended as the next one begins."""
+    turn = "{%% if messages|length > %d %%}%s{{ messages[%d].content }}{%% endif %%}"
+    turns = [
+        turn % (n, (end if n else "") + opened, n) for n, opened in enumerate((open_user, open_assistant, open_user))
+    ]
+    return "".join(turns) + "{% if add_generation_prompt %}" + end + open_assistant + "{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected", "found"),
+    [
+        (outside_any_loop("<|im_start|>user\n", "<|im_start|>assistant\n", "\n"), ["b"], ["open_turn"]),
+        (outside_any_loop("<user>", "<assistant>", "<call><end>\n"), ["b"], ["open_turn"]),
+        (outside_any_loop("<user>", "<assistant>", "<end>\n<|im_end|>\n"), ["b<end>\n<|im_end|>"], []),
+    ],
+)
+def test_the_words_that_begin_the_next_turn_end_none(
+    plain: PreTrainedTokenizerFast, template: str, expected: list[str], found: list[str]
+) -> None:
+    theirs: Any = copy.deepcopy(plain)
+    theirs.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>", "<call>", "<end>"]})
+    ours = with_template(theirs, template)
+    encoded = ours.encode(Conversation((user("a"), answer("b"), user("c"))))
+    assert trained_texts(ours, encoded) == expected
+    assert kinds(encoded) == found
