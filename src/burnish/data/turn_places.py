@@ -44,8 +44,8 @@ class Stops:
     def find(self, text: str, start: int, end: int, said: str = "", is_sure: bool = True) -> tuple[int, int] | None:
         """The first declared stop in characters [start, end), else the last written one.
 
-        What closes a mark that the turn before `start`, `said`, opened (`</think>`) ends a part and no turn. Where it is
-        not sure that all of the characters are the turn's, a written one may begin the next turn and does not count.
+        What closes a mark that the turn before `start`, `said`, opened (`</think>`) ends a part and no turn. Where it
+        is not sure that all of the characters are the turn's, a written one may begin the next turn and does not count.
         """
         found = [match.span() for match in self._pattern.finditer(text, start, end)]
         declared = next((span for span in found if text[slice(*span)] in self.declared), None)
