@@ -21,7 +21,14 @@ from safetensors.torch import load_file
 COMMANDS = multiprocessing.get_context("forkserver")
 """Commands are forked from a process that imported what they need once: an import costs more than a tiny run."""
 COMMANDS.set_forkserver_preload(
-    ["burnish.sft", "torch.utils.tensorboard", "transformers.models.qwen3.modeling_qwen3", "transformers.generation"]
+    [
+        "burnish.sft",
+        "torch.utils.tensorboard",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "transformers.models.qwen3.modeling_qwen3",
+        "transformers.generation",
+    ]
 )
 
 
