@@ -429,22 +429,56 @@ class CheckpointConfig(Section):
 
 class ParallelConfig(Section):
     dp_replicate: Positive = 1
-    """Data-parallel replicas."""
-    dp_shard: Positive = 1
-    """Data-parallel ranks that share one copy of weights, gradients and optimizer."""
+    """Data-parallel replicas, each with all weights of its shard group (HSDP)."""
+    dp_shard: Positive | Literal["auto"] = "auto"
+    """Data-parallel ranks that share weights, gradients and optimizer as `zero` says; auto takes what is left."""
+    zero: Literal[1, 2, 3] = 3
+    """What dp_shard ranks share at all times: 1 the optimizer, 2 gradients too, 3 weights too (arXiv 1910.02054)."""
+    offload: Literal["none", "optimizer", "parameters", "nvme"] = "none"
+    """What lies in the host's memory: the optimizer with its masters, or every shard of the parameters as well."""
     tp: Positive = 1
-    """Tensor-parallel ranks."""
+    """Tensor-parallel ranks: heads, MLP columns and the vocabulary (arXiv 1909.08053)."""
+    sequence_parallel: bool | None = None
+    """Norms and residuals are cut over tp ranks by tokens (arXiv 2205.05198); null does it where tp is above 1."""
     cp: Positive = 1
-    """Context-parallel ranks."""
+    """Context-parallel ranks: each pack is cut by tokens."""
+    cp_kind: Literal["ring", "all_to_all"] = "ring"
+    """Attention of cut packs: keys and values go round in zigzag order (arXiv 2310.01889), or heads are swapped for
+    tokens (DeepSpeed-Ulysses, arXiv 2309.14509)."""
     pp: Positive = 1
     """Pipeline stages."""
+    pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"] = "1f1b"
+    """Order of a pipeline's forward and backward passes."""
+    pp_chunks: Positive | None = None
+    """Parts of the model on one pipeline rank; null takes 1, or 2 for schedules that interleave."""
+    pp_first_layers: Positive | None = None
+    """Layers of the first part; null cuts by cost."""
+    pp_last_layers: Positive | None = None
+    """Layers of the last part; null cuts by cost."""
     ep: Positive = 1
-    """Expert-parallel ranks."""
+    """Expert-parallel ranks, out of dp_shard x cp x tp / etp."""
+    etp: Positive = 1
+    """Tensor-parallel ranks of an expert: 1 or tp."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> ParallelConfig:
+        if self.offload == "nvme":
+            raise ValueError(
+                "parallel.offload=nvme: shards are not written to disks; set it to parameters, which holds them and "
+                "the optimizer in the host's memory"
+            )
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError(
+                "parallel.sequence_parallel=true cuts tokens over tp ranks, and parallel.tp=1; set tp above 1"
+            )
+        if self.etp not in (1, self.tp):
+            raise ValueError(f"parallel.etp={self.etp} is neither 1 nor parallel.tp={self.tp}; set it to one of them")
+        return self
 
     @model_validator(mode="after")
     def _one_process(self) -> ParallelConfig:
-        for name in type(self).model_fields:
-            if getattr(self, name) > 1:
+        for name in ("dp_replicate", "dp_shard", "tp", "cp", "pp", "ep"):
+            if getattr(self, name) not in (1, "auto"):
                 raise ValueError(
                     f"parallel.{name}={getattr(self, name)}: this version trains on one process; "
                     f"set parallel.{name} to 1"

@@ -1,0 +1,67 @@
+"""The ranks of a run as a device mesh: who shares what with whom. Knows no model and sends nothing."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from burnish.parallel.degrees import AXES, Degrees
+
+
+class Mesh:
+    """This rank's place among those of `degrees`. All ranks make it together; the default process group is there."""
+
+    def __init__(self, degrees: Degrees, device: torch.device) -> None:
+        assert dist.get_world_size() == degrees.world, (dist.get_world_size(), degrees)
+        self.degrees = degrees
+        self.device = device
+        self.place = degrees.place(dist.get_rank())
+        # fully_shard must find tp in the mesh that its own is a slice of, and cp ranks are among those it shards over.
+        sizes = (degrees.pp, degrees.dp_replicate, degrees.dp_shard * degrees.cp, degrees.tp)
+        self._dense = init_device_mesh(device.type, sizes, mesh_dim_names=("pp", "dp_replicate", "shard", "tp"))
+
+    def axis(self, name: str) -> DeviceMesh:
+        """The ranks that differ from this one along `name` alone: one of AXES, `shard` (dp_shard x cp), `ep`, `etp`."""
+        if name in ("ep", "etp"):
+            return self._experts[name]
+        return (self._tokens if name in ("dp_shard", "cp") else self._dense)[name]
+
+    def group(self, name: str) -> dist.ProcessGroup:
+        return self.axis(name).get_group()
+
+    @property
+    def shards(self) -> DeviceMesh:
+        """What fully_shard takes: [dp_replicate, dp_shard x cp], or the latter alone where there are no replicas."""
+        names = ("dp_replicate", "shard") if self.degrees.dp_replicate > 1 else ("shard",)
+        return self._dense[names]
+
+    @property
+    def expert_shards(self) -> DeviceMesh:
+        """The same for experts: [dp_replicate, expert_dp], or the latter alone."""
+        names = ("dp_replicate", "expert_dp") if self.degrees.dp_replicate > 1 else ("expert_dp",)
+        return self._experts[names]
+
+    @cached_property
+    def _tokens(self) -> DeviceMesh:
+        sizes = tuple(getattr(self.degrees, axis) for axis in AXES)
+        return init_device_mesh(self.device.type, sizes, mesh_dim_names=AXES)
+
+    @cached_property
+    def _experts(self) -> DeviceMesh:
+        degrees = self.degrees
+        sizes = (degrees.pp, degrees.dp_replicate, degrees.expert_dp, degrees.ep, degrees.etp)
+        names = ("pp", "dp_replicate", "expert_dp", "ep", "etp")
+        return init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
+
+    @property
+    def data_rank(self) -> int:
+        return self.degrees.data_rank(dist.get_rank())
+
+    @property
+    def counts(self) -> bool:
+        """Whether what this rank measures enters sums over all ranks: tp peers measure the same, and only the last
+        stage of a pipeline has scores."""
+        return self.place["tp"] == 0 and self.place["pp"] == self.degrees.pp - 1
