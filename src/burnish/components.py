@@ -33,18 +33,13 @@ from burnish.model.vocabulary import TokenizerFacts, check_vocabulary, stop_ids
 from burnish.model.zoo import Loaded, adopt_model, load_model
 from burnish.observe.flops import peak_flops
 from burnish.observe.metrics import Stopwatch, Utilisation
+from burnish.parallel.execution import Execution
+from burnish.parallel.recompute import compile_blocks, recompute_blocks
 from burnish.parts import read_template
 from burnish.resume import altering_keys
 from burnish.train.loss import CrossEntropy
 from burnish.train.optim import DTYPES
-from burnish.train.trainer import (
-    LocalTrainer,
-    Scorer,
-    cast_parameters,
-    compile_blocks,
-    freeze_parameters,
-    recompute_blocks,
-)
+from burnish.train.trainer import LocalTrainer, Scorer, freeze_parameters
 from burnish.types import UserError
 
 LOG = logging.getLogger(__name__)
@@ -216,7 +211,7 @@ class Components:
     def _leak(self) -> str | None:
         """How documents of a pack see each other in the real model; None where they do not."""
         model = self.loaded.model
-        with cast_parameters(model, self.compute):
+        with self.execution.weights():
             return probe_isolation(
                 model,
                 vocab_size=self.num_embeddings,
@@ -229,13 +224,17 @@ class Components:
         budget = self.recipe.evaluate.tokens_per_micro_batch or self.recipe.batch.tokens_per_micro_batch
         return Layout(budget, kind=self.layout.kind)
 
+    @cached_property
+    def execution(self) -> Execution:
+        return Execution(self.loaded.model, self.compute, self.device)
+
     def scorer(self) -> Scorer:
-        return Scorer(self.loaded.model, self.compute, self.device)
+        return Scorer(self.execution)
 
     def trainer(self, total_steps: int, clock: Stopwatch) -> LocalTrainer:
         recipe = self.recipe
         return LocalTrainer(
-            scorer=self.scorer(),
+            execution=self.execution,
             loss=CrossEntropy(recipe.train.label_smoothing, recipe.train.z_loss),
             optim=recipe.optim,
             total_steps=total_steps,

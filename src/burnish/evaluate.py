@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from burnish.data.pack import Layout, pack
-from burnish.train.trainer import merge
+from burnish.parallel.execution import merge
 from burnish.types import Evaluator, Sample, Stats
 
 CHUNK = 2048

@@ -7,8 +7,9 @@ from tiny import native_model, tiny_config
 
 from burnish.config import OptimConfig
 from burnish.data.pack import Layout, pack
+from burnish.parallel.execution import Execution
 from burnish.train.loss import CrossEntropy
-from burnish.train.trainer import LocalTrainer, Scorer
+from burnish.train.trainer import LocalTrainer
 from burnish.types import Sample
 
 
@@ -32,11 +33,11 @@ def make_trainer(dtype: torch.dtype, compute: torch.dtype | None = None, **optio
     model = native_model(tiny_config("qwen3"), dtype)
     loss = options.pop("loss", CrossEntropy())
     optim = OptimConfig(name="sgd", lr=0.1, weight_decay=0.0, schedule="constant", warmup_ratio=0.0)
-    return LocalTrainer(Scorer(model, compute or dtype), loss, optim, total_steps=10, **options)  # pyright: ignore
+    return LocalTrainer(Execution(model, compute or dtype, torch.device("cpu")), loss, optim, total_steps=10, **options)  # pyright: ignore
 
 
 def gradients(trainer: LocalTrainer, samples: list[Sample], layout: Layout, normalization: str) -> tuple[float, dict]:
-    trainer.optimizer.zero_grad()
+    trainer.zero_grad()
     inputs = pack(samples, layout, normalization)  # pyright: ignore[reportArgumentType]
     stats = trainer.accumulate(inputs, 1)
     return stats["loss"].mean, {n: p.grad.clone() for n, p in trainer.parameters.items() if p.grad is not None}
@@ -118,7 +119,7 @@ def test_bf16_compute_stays_close_and_gradients_are_of_the_master_type(normaliza
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 def test_recomputation_changes_no_bit(mode: str, compute: torch.dtype) -> None:
-    from burnish.train.trainer import recompute_blocks
+    from burnish.parallel.recompute import recompute_blocks
 
     samples = make_samples()
     plain, again = make_trainer(torch.float32, compute), make_trainer(torch.float32, compute)

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallb
 
 from burnish.config import OptimConfig
 from burnish.data.pack import Layout, pack
+from burnish.parallel.execution import Execution
 from burnish.train.loss import CrossEntropy
-from burnish.train.trainer import LocalTrainer, Scorer
+from burnish.train.trainer import LocalTrainer
 from burnish.types import Sample
 
 STEPS, ROWS = 50, 8
@@ -90,7 +91,7 @@ def test_fifty_steps_of_transformers_trainer(tmp_path: Path) -> None:
     trainer.train()
 
     optim = OptimConfig(lr=2e-3, schedule="constant", warmup_ratio=0.0, weight_decay=0.1)
-    local = LocalTrainer(Scorer(ours, torch.float32), CrossEntropy(), optim, total_steps=STEPS)
+    local = LocalTrainer(Execution(ours, torch.float32, torch.device("cpu")), CrossEntropy(), optim, total_steps=STEPS)
     losses = []
     for step in range(STEPS):
         inputs = pack(samples[step * ROWS : (step + 1) * ROWS], Layout(100))

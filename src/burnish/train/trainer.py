@@ -1,7 +1,7 @@
-"""The trainer of a world of one process: the five verbs over one model, one optimizer and one device.
+"""The trainer of one rank: the five verbs over its part of the model and of the optimizer.
 
-Parameters are the master weights; around every forward and backward a copy in the compute type stands in their place,
-so that gradients arrive in the master's type whatever runs in between. The loop, the data and the files are elsewhere.
+Parameters are the master weights, whole or in shards; how a step runs over them, and over how many ranks, is the
+execution's. The loop, the data and the files are elsewhere.
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.distributed.tensor import DTensor
 
 from burnish.config import OptimConfig
 from burnish.data.order import seed_from
-from burnish.model.lm_head import score
+from burnish.parallel.execution import Execution, without_noise
 from burnish.train.checkpoint import load_checkpoint, read_state, save_checkpoint
 from burnish.train.loss import CrossEntropy
-from burnish.train.optim import States, build_optimizer, clip_gradients, learning_rate
-from burnish.types import Batch, Loss, Sample, Stats, StepInput, TokenScores, UserError, Weighted
+from burnish.train.optim import States, build_optimizer, learning_rate, scale_gradients
+from burnish.types import Batch, Loss, Stats, StepInput, UserError, Weighted
 
 
 class Clock(Protocol):
@@ -36,42 +36,25 @@ class Clock(Protocol):
 
 @dataclass
 class Scorer:
-    """Scores packs with `model` on `device`, computing in `compute`: what training and evaluation share."""
+    """Measures what `execution` runs by `loss`, plain negative log-likelihood unless told otherwise; trains nothing."""
 
-    model: Any
-    compute: torch.dtype
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    execution: Execution
     loss: Loss = field(default_factory=CrossEntropy)
 
-    def scores(self, batch: Batch, noise_TD: torch.Tensor | None = None) -> TokenScores:
-        """Scores of the trained tokens of a batch on the device. Call it within `compute_parameters`."""
-        hidden_TD = self.model(batch.tokens_T, batch.positions_T, batch.documents, noise_TD)
-        return score(hidden_TD[batch.trained_K], self.model.head(), batch.targets_K)
-
-    def compute_parameters(self) -> AbstractContextManager[None]:
-        """A context in which the model's parameters are of the compute type and pass gradients to the masters."""
-        return cast_parameters(self.model, self.compute)
-
-    @torch.no_grad()
     def evaluate(self, inputs: StepInput) -> Stats:
-        """Statistics over `inputs`; weights and gradients stay as they are."""
-        stats: Stats = {}
-        with self.compute_parameters():
-            for micro in inputs.batches[0]:
-                batch = micro.to(self.device)
-                stats = merge(stats, self.loss(self.scores(batch), batch)[1])
-        return stats
+        """Statistics over `inputs`, of all ranks; weights and gradients stay as they are."""
+        return self.execution.sum(self.execution.evaluate(inputs.batches[0], self.loss))
 
 
 @dataclass
 class LocalTrainer:
-    """Trains the model of `scorer`, whose parameters are of the master type and on its device.
+    """Trains what `execution` holds: parameters of the master type, in shards where there are several ranks.
 
     Gradients are added up in `reduce` or the master type, whichever is wider. `clock` times forward_backward and
     optimizer; `neftune_alpha` adds noise drawn from (seed, step, sample).
     """
 
-    scorer: Scorer
+    execution: Execution
     loss: Loss
     optim: OptimConfig
     total_steps: int
@@ -83,22 +66,28 @@ class LocalTrainer:
     num_steps: int = 0
 
     def __post_init__(self) -> None:
-        self.model, self.device = self.scorer.model, self.scorer.device
+        self.model, self.device = self.execution.model, self.execution.device
         self.parameters: dict[str, nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        for parameter in self.parameters.values():
+        self._shards = {name: _shard_of(parameter) for name, parameter in self.parameters.items()}
+        for shard in self._shards.values():
             # Gradients of bf16 masters are added up in more than bf16's eight bits.
-            parameter.grad_dtype = torch.promote_types(parameter.dtype, self.reduce)
-        self.optimizer = build_optimizer(self.parameters, self.optim, self.states, self.seed)
+            shard.grad_dtype = torch.promote_types(shard.dtype, self.reduce)
+        self.optimizer = build_optimizer(self._shards, self.optim, self.states, self.seed)
 
     def step(self, inputs: StepInput) -> Stats:
         """One optimizer step; the update is withheld on the device where the loss or the gradient is not finite."""
         step = self.num_steps + 1
-        self.optimizer.zero_grad()
+        self.zero_grad()
         with self.clock("forward_backward"):
             stats = self.accumulate(inputs, step)
         with self.clock("optimizer"):
-            grad_norm = clip_gradients(list(self.parameters.values()), self.optim.clip_norm)
-            finite = torch.isfinite(grad_norm) & torch.isfinite(torch.as_tensor(stats["loss"].sum))
+            shards = self._with_gradients()
+            grad_norm = self.execution.norm({name: s.grad for name, s in shards.items() if s.grad is not None})
+            scale_gradients(shards.values(), grad_norm, self.optim.clip_norm)
+            finite = torch.isfinite(grad_norm)
+            if stats:
+                finite = finite & torch.isfinite(torch.as_tensor(stats["loss"].sum))
+            finite = self.execution.all_of(finite)
             rate = learning_rate(self.optim, step, self.total_steps)
             self.optimizer.step(rate, finite)
         self.num_steps = step
@@ -109,43 +98,47 @@ class LocalTrainer:
         }
 
     def accumulate(self, inputs: StepInput, step: int) -> Stats:
-        """Add the gradients of every micro-batch of `step` to the parameters."""
-        stats: Stats = {}
-        with self.scorer.compute_parameters():
-            for micro in inputs.batches[0]:
-                batch = micro.to(self.device)
-                loss_sum, micro_stats = self.loss(self._scores(batch, step), batch)
-                (loss_sum / inputs.denominator).backward()
-                stats = merge(stats, micro_stats)
-        return stats
+        """Add the gradients of every micro-batch of `step` to the parameters; returns statistics over all ranks."""
+        noise_of = partial(self._noise, step) if self.neftune_alpha else without_noise
+        batches, denominator = inputs.batches[0], inputs.denominator
+        return self.execution.sum(self.execution.forward_backward(batches, self.loss, denominator, noise_of))
 
-    def _scores(self, batch: Batch, step: int) -> TokenScores:
-        return self.scorer.scores(batch, self._noise(batch.samples, step) if self.neftune_alpha else None)
+    def _with_gradients(self) -> dict[str, nn.Parameter]:
+        """The shards that the optimizer updates, with the gradients that the parameters have now."""
+        for name, parameter in self.parameters.items():
+            if isinstance(parameter, DTensor):
+                gradient = parameter.grad
+                assert gradient is None or isinstance(gradient, DTensor)
+                self._shards[name].grad = None if gradient is None else gradient.to_local()
+        return self._shards
 
-    def _noise(self, samples: Sequence[Sample], step: int) -> torch.Tensor:
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        self.optimizer.zero_grad()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def _noise(self, step: int, batch: Batch) -> torch.Tensor:
         """NEFTune's noise [T, D]: uniform in +-alpha / sqrt(L*D), drawn anew for each (seed, step, sample)."""
         assert self.neftune_alpha is not None
         size = self.model.config["hidden_size"]
         generator = torch.Generator(self.device)
         parts = []
-        for sample in samples:
+        for sample in batch.samples:
             # By content, so that neither the pack nor the source's name has a say.
             generator.manual_seed(seed_from(self.seed, step, zlib.crc32(sample.tokens.tobytes()), sample.index) >> 1)
             uniform_LD = torch.rand(len(sample.tokens), size, generator=generator, device=self.device) * 2 - 1
             parts.append(uniform_LD * (self.neftune_alpha / (len(sample.tokens) * size) ** 0.5))
-        return torch.cat(parts).to(self.scorer.compute)
+        return torch.cat(parts).to(self.execution.compute)
 
     def rehearse(self, inputs: StepInput) -> None:
         """Forward and backward of the first micro-batch, gradients thrown away: memory shows before step 1."""
-        with self.scorer.compute_parameters():
-            batch = inputs.batches[0][0].to(self.device)
-            loss_sum, _ = self.loss(self._scores(batch, 0), batch)
-            (loss_sum / inputs.denominator).backward()
-        self.optimizer.zero_grad()
+        self.accumulate(replace(inputs, batches=[inputs.batches[0][:1]]), 0)
+        self.zero_grad()
 
     def evaluate(self, inputs: StepInput) -> Stats:
-        """Statistics over `inputs` with the scorer's plain loss; weights and gradients stay as they are."""
-        return self.scorer.evaluate(inputs)
+        """Statistics over `inputs` with plain negative log-likelihood; weights and gradients stay as they are."""
+        return Scorer(self.execution).evaluate(inputs)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything a resume needs that is a tensor, by the name it has in a checkpoint. Tied weights appear once."""
@@ -181,70 +174,13 @@ class LocalTrainer:
         return dict(self.model.named_parameters())
 
 
-def merge(left: Stats, right: Stats) -> Stats:
-    """The statistics of both, weighted values added."""
-    return {
-        name: left[name] + right[name] if name in left and name in right else (left | right)[name]
-        for name in left | right
-    }
-
-
-@contextmanager
-def cast_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Within, each parameter of another type is replaced by a copy in `dtype`; backward must run within, too.
-
-    Backward included, because recomputed blocks read the parameters again. A tied parameter has one copy.
-    """
-    slots = [
-        (module, name, parameter)
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.dtype != dtype and parameter.is_floating_point()
-    ]
-    copies = {parameter: parameter.to(dtype) for parameter in dict.fromkeys(p for _, _, p in slots)}
-    for module, name, parameter in slots:
-        module._parameters[name] = copies[parameter]  # pyright: ignore[reportArgumentType] - a tensor stands in
-    try:
-        yield
-    finally:
-        for module, name, parameter in slots:
-            module._parameters[name] = parameter
-
-
-SAVED_BY_SELECTIVE = (
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-)
-"""What selective recomputation keeps: matrix products and attention, which cost more to compute than to hold."""
-
-
-def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keep = op in SAVED_BY_SELECTIVE or "varlen_attn" in str(op)
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def recompute_blocks(blocks: Sequence[nn.Module], mode: str) -> None:
-    """Wrap the forward of each block for activation checkpointing: `full` keeps its inputs alone, `selective` also the
-    results of matrix products and attention. `none` changes nothing.
-    """
-    if mode == "none":
-        return
-    selective: dict[str, Callable[[], Any]] = (
-        {"context_fn": partial(create_selective_checkpoint_contexts, _keep_products)} if mode == "selective" else {}
-    )
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **selective)
-
-
-def compile_blocks(blocks: Sequence[nn.Module]) -> None:
-    """torch.compile of each block for packs of any length."""
-    for block in blocks:
-        block.compile(dynamic=True)
+def _shard_of(parameter: nn.Parameter) -> nn.Parameter:
+    """What of a parameter lies on this rank, in the same memory."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    whole = parameter.detach()
+    assert isinstance(whole, DTensor)
+    return nn.Parameter(whole.to_local())
 
 
 def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> int:

@@ -11,13 +11,14 @@ from torch.nn import Parameter
 from transformers import optimization
 
 from burnish.config import OptimConfig
+from burnish.parallel.execution import global_norm
 from burnish.train.optim import (
     STRETCH,
     Optimizer,
     States,
     build_optimizer,
-    clip_gradients,
     learning_rate,
+    scale_gradients,
     weight_decays,
 )
 from burnish.types import UserError
@@ -117,6 +118,12 @@ def parameters_with_gradients(dtype: torch.dtype = torch.float32) -> list[Parame
     for parameter in parameters:
         parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
     return parameters
+
+
+def clip_gradients(parameters: list[Parameter], max_norm: float | None) -> torch.Tensor:
+    norm = global_norm(parameter.grad for parameter in parameters if parameter.grad is not None)
+    scale_gradients(parameters, norm, max_norm)
+    return norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

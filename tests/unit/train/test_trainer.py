@@ -9,13 +9,16 @@ import torch
 from tiny import native_model, tiny_config
 
 from burnish.config import OptimConfig
+from burnish.parallel.execution import Execution, cast_parameters
 from burnish.train.loss import CrossEntropy
-from burnish.train.trainer import LocalTrainer, Scorer, cast_parameters
+from burnish.train.trainer import LocalTrainer
 
 
 def make_trainer() -> LocalTrainer:
     model = native_model(tiny_config("qwen3"), torch.float32)
-    return LocalTrainer(Scorer(model, torch.float32), CrossEntropy(), OptimConfig(), total_steps=10)
+    return LocalTrainer(
+        Execution(model, torch.float32, torch.device("cpu")), CrossEntropy(), OptimConfig(), total_steps=10
+    )
 
 
 def test_a_checkpoint_of_another_device_goes_on_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
