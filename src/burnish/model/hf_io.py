@@ -1,14 +1,14 @@
 """Hugging Face model folders: find one, read its config and weights, write them.
 
 Weights are read through a memory map and converted one tensor at a time, straight into the model's parameters, and
-written in shards. The tokenizer, generation_config.json and the model card are not this module's.
+written in shards as they come. The tokenizer, generation_config.json and the model card are not this module's.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from burnish.files import read_object, sync
 from burnish.model.base import CausalLM
@@ -28,6 +28,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DOWNLOADED: tuple[str, ...] = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 SECOND_COPIES = ("original/*", "onnx/*", "consolidated*")
 """What is fetched of a hub repository, and what is not: the same weights in other formats."""
+
+Box = tuple[slice, ...]
+"""A part of a tensor: start and stop along each of its dimensions."""
 
 
 def find_folder(path: str, revision: str = "main", with_code: bool = False) -> Path:
@@ -69,21 +72,42 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_object(file, "correct it")
 
 
-def read_weights(folder: Path, model: CausalLM) -> None:
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a checkpoint holds, by its names for them: those of adapters are no part of it."""
+    return {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if ".lora_" not in name}
+
+
+def whole(parameter: Tensor) -> tuple[Tensor, Box]:
+    """A parameter of which all is here."""
+    return parameter, tuple(slice(0, size) for size in parameter.shape)
+
+
+def read_weights(
+    folder: Path,
+    model: CausalLM,
+    expected: Mapping[str, torch.Size] | None = None,
+    part_of: Callable[[Tensor], tuple[Tensor, Box]] = whole,
+) -> None:
     """Copy the weights of a folder into the model's parameters, whatever their type and device.
 
-    Raises one UserError that lists every missing, unexpected and misshapen tensor; nothing is copied then.
+    `part_of` says of a parameter what memory of it is here and which part of the tensor that holds; nothing else is
+    read. `expected` are names and shapes of the whole model, where this is a part of it. Raises one UserError that
+    lists every missing, unexpected and misshapen tensor; nothing is copied then.
     """
-    parameters = dict(model.named_parameters())
+    parameters = named_weights(model)
+    expected = expected or {name: parameter.shape for name, parameter in parameters.items()}
     stored = {name: file for name, file in locate_tensors(folder).items() if not name.endswith("rotary_emb.inv_freq")}
     copies = {name: target for name, target in model.aliases.items() if name in stored}
-    _check_names(folder, parameters.keys(), stored.keys() - copies.keys())
-    _check_shapes(folder, parameters, stored, copies)
+    _check_names(folder, expected.keys(), stored.keys() - copies.keys())
+    _check_shapes(folder, expected, stored, copies)
+    parts = {name: part_of(parameter) for name, parameter in parameters.items()}
+    boxes = {name: box for name, (_, box) in parts.items()}
     with torch.no_grad():
-        for name, tensor in _read_tensors({name: stored[name] for name in parameters}):
-            parameters[name].copy_(tensor)
+        for name, tensor in _read_tensors({name: stored[name] for name in parameters}, boxes):
+            parts[name][0].copy_(tensor)
     for name, target in copies.items():
-        _check_copy(folder, stored, name, target)
+        if target in parameters:
+            _check_copy(folder, stored, name, target, boxes[target])
 
 
 def locate_tensors(folder: Path) -> dict[str, Path]:
@@ -114,12 +138,16 @@ def _opened(file: Path) -> Iterator[Any]:
         raise UserError(f"{file} is no whole safetensors file ({error}); download or copy it again") from None
 
 
-def _read_tensors(stored: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in turn, file by file; its memory is the file's own map."""
+def _read_tensors(stored: Mapping[str, Path], boxes: Mapping[str, Box]) -> Iterator[tuple[str, Tensor]]:
+    """The box of every tensor in turn, file by file; the memory of a whole one is the file's own map."""
     for path in dict.fromkeys(stored.values()):
         with _opened(path) as file:
             for name in (name for name, its_path in stored.items() if its_path == path):
-                yield name, file.get_tensor(name)
+                tensor, box = file.get_slice(name), boxes[name]
+                if [side.stop - side.start for side in box] == tensor.get_shape():
+                    yield name, file.get_tensor(name)
+                elif all(side.stop > side.start for side in box):
+                    yield name, tensor[box]
 
 
 def _check_names(folder: Path, wanted: Any, found: Any) -> None:
@@ -136,9 +164,9 @@ def _check_names(folder: Path, wanted: Any, found: Any) -> None:
 
 
 def _check_shapes(
-    folder: Path, parameters: Mapping[str, Tensor], stored: Mapping[str, Path], copies: Mapping[str, str]
+    folder: Path, expected: Mapping[str, torch.Size], stored: Mapping[str, Path], copies: Mapping[str, str]
 ) -> None:
-    wanted = {name: list(parameters[copies.get(name, name)].shape) for name in stored}
+    wanted = {name: list(expected[copies.get(name, name)]) for name in stored}
     faults = []
     for path in dict.fromkeys(stored.values()):
         with _opened(path) as file:
@@ -150,10 +178,10 @@ def _check_shapes(
         raise UserError(f"{folder} does not fit its config.json: {_listed(faults)}; correct config.json")
 
 
-def _check_copy(folder: Path, stored: Mapping[str, Path], name: str, target: str) -> None:
+def _check_copy(folder: Path, stored: Mapping[str, Path], name: str, target: str, box: Box) -> None:
     """A tied weight may be stored twice, but not with two values: one of them would be lost."""
-    tensors = dict(_read_tensors({name: stored[name], target: stored[target]}))
-    if not torch.equal(tensors[name], tensors[target]):
+    tensors = dict(_read_tensors({name: stored[name], target: stored[target]}, {name: box, target: box}))
+    if tensors and not torch.equal(tensors[name], tensors[target]):
         raise UserError(
             f"{folder}: config.json ties {name} to {target}, but the two are stored with different values; "
             "set tie_word_embeddings to false in config.json to keep both"
@@ -196,48 +224,48 @@ def written_beside(folder: Path) -> Iterator[Path]:
 def write_model(
     folder: Path,
     config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | Iterator[tuple[str, Tensor]],
     dtype: torch.dtype,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write config.json and the weights into an existing folder, floating tensors as `dtype`, one shard at a time.
+    """Write config.json and the weights into an existing folder, floating tensors as `dtype`.
 
-    `tensors` has Hugging Face's names, tied ones once, as `named_parameters` gives them.
+    `tensors` has Hugging Face's names, tied ones once, as `named_parameters` gives them. They are taken one by one, and
+    a shard is written as soon as the next would make it larger than the limit, so that memory holds one shard.
     """
     name_of_dtype = str(dtype).removeprefix("torch.")
     exported = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": name_of_dtype}
     _write_json(folder / "config.json", exported)
-    sizes = {name: tensor.numel() * _exported_dtype(tensor, dtype).itemsize for name, tensor in tensors.items()}
-    shards = _plan_shards(sizes, max_shard_bytes)
+    items = iter(tensors.items()) if isinstance(tensors, Mapping) else tensors
+    shards: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    filled = total_size = 0
+
+    def write_shard() -> None:
+        shards.append(list(shard))
+        save_file(shard, folder / f".{len(shards)}.safetensors", metadata={"format": "pt"})
+        shard.clear()
+
+    for name, tensor in items:
+        exported_tensor = _exported(tensor, dtype)
+        if shard and filled + exported_tensor.nbytes > max_shard_bytes:
+            write_shard()
+            filled = 0
+        shard[name] = exported_tensor
+        filled += exported_tensor.nbytes
+        total_size += exported_tensor.nbytes
+    write_shard()
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
-        shard = {name: _exported(tensors[name], dtype) for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / f".{number}.safetensors").rename(folder / file)
     if len(shards) > 1:
-        _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
-
-
-def _plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
-    """Names in order, cut so that no shard is larger than the limit, unless by a single tensor."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
-
-
-def _exported_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    return dtype if tensor.is_floating_point() else tensor.dtype
+        _write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
 def _exported(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().to("cpu", _exported_dtype(tensor, dtype)).contiguous()
+    return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:
