@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -52,7 +53,7 @@ def _collect(receivers: Sequence[Connection], deadline: float) -> list[Any]:
         for receiver in ready:
             rank = receivers.index(receiver)  # pyright: ignore[reportArgumentType]
             try:
-                failure, results[rank] = receiver.recv()  # pyright: ignore[reportAttributeAccessIssue]
+                failure, results[rank] = pickle.loads(receiver.recv_bytes())  # pyright: ignore
             except EOFError:
                 raise RankFailed(f"rank {rank} died without a word") from None
             if failure is not None:
@@ -69,7 +70,9 @@ def _rank(rank: int, world: int, store: str, sender: Connection, function: Calla
     try:
         result = function(*args)
         dist.barrier()  # a rank that leaves early breaks what its peers are still sending
-        sender.send((None, result))
+        answer = (None, result)
     except BaseException:
-        sender.send((traceback.format_exc(), None))
+        answer = (traceback.format_exc(), None)
+    # By plain pickle: multiprocessing's own would share a tensor's memory, which ends with this process.
+    sender.send_bytes(pickle.dumps(answer))
     os._exit(0)

@@ -56,6 +56,9 @@ def pack(samples: Sequence[Sample], layout: Layout, normalization: Literal["toke
     bins = {"packed": first_fit, "rows": rows_by_length, "single": one_each}[layout.kind](lengths, budget)
     ranks = _deal(bins, lengths, layout.data_ranks)
     batches = [[_batch([samples[i] for i in b], scales[b], names) for b in rank] for rank in ranks]
+    # Ranks meet in every micro-batch, so each has the same number of them.
+    most = max(len(rank) for rank in batches)
+    batches = [rank + [_idle_batch(names)] * (most - len(rank)) for rank in batches]
     num_slots = sum(max(lengths[i] for i in b) * len(b) for b in bins) if layout.kind == "rows" else sum(lengths)
     return StepInput(
         batches=batches,
@@ -133,6 +136,11 @@ def _deal(bins: list[list[int]], lengths: Sequence[int], num_ranks: int) -> list
 def _cost(indices: list[int], lengths: Sequence[int], linear: float = 24576.0) -> float:
     """Relative time of a pack, a*L + b*L^2 over its documents, with the ratio ROLL uses for a 7B model."""
     return sum(linear * lengths[i] + lengths[i] ** 2 for i in indices)
+
+
+def _idle_batch(source_names: tuple[str, ...]) -> Batch:
+    """One token that nobody trains, for a rank that has nothing to do while the others have."""
+    return _batch([Sample(np.zeros(1, np.int32), np.zeros(1, np.float32), source_names[0])], np.ones(1), source_names)
 
 
 def _batch(samples: list[Sample], scales: np.ndarray, source_names: tuple[str, ...]) -> Batch:

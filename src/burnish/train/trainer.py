@@ -109,7 +109,8 @@ class LocalTrainer:
             if isinstance(parameter, DTensor):
                 gradient = parameter.grad
                 assert gradient is None or isinstance(gradient, DTensor)
-                self._shards[name].grad = None if gradient is None else gradient.to_local()
+                shard = self._shards[name]
+                shard.grad = None if gradient is None else gradient.to_local().to(shard.grad_dtype)
         return self._shards
 
     def zero_grad(self) -> None:

@@ -1,0 +1,151 @@
+"""One step on any layout of ranks has the loss, gradient norm, gradients and weights of one process on the whole batch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from test_step_invariance import make_samples
+from tiny import native_model, tiny_config
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from burnish.config import OptimConfig, ParallelConfig
+from burnish.data.pack import Layout, pack
+from burnish.parallel.degrees import Degrees
+from burnish.parallel.execution import Execution, MeshExecution
+from burnish.parallel.fsdp import shard
+from burnish.parallel.mesh import Mesh
+from burnish.train.loss import CrossEntropy
+from burnish.train.trainer import LocalTrainer
+
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step: on which ranks, of which model, how cut and how computed."""
+
+    name: str
+    parallel: dict[str, Any] = field(default_factory=dict)
+    world: int = 1
+    config: dict[str, Any] = field(default_factory=dict)
+    compute: str = "fp32"
+    master: str = "fp32"
+    normalization: str = "token"
+    budget: int = 64
+    num_samples: int = 14
+    optimizer: str = "sgd"
+    freeze: tuple[str, ...] = ()
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def alone(self) -> Case:
+        """The same step in one process, the whole batch in one pack."""
+        return replace(self, parallel={}, world=1, budget=4096, compute="fp64" if self.compute == "fp64" else "fp32")
+
+
+@dataclass
+class Outcome:
+    """What a step came to; tensors are whole, by Hugging Face's names."""
+
+    loss: float
+    grad_norm: float
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    held_out: float
+
+
+def take_step(case: Case) -> Outcome | None:
+    """One step of `case` on this rank; the outcome on rank 0."""
+    model = native_model(tiny_config("qwen3", **case.config), DTYPES[case.master])
+    for name, parameter in model.named_parameters():
+        if name in case.freeze:
+            parameter.requires_grad_(False)
+    cpu, compute = torch.device("cpu"), DTYPES[case.compute]
+    degrees = Degrees()
+    if case.world == 1:
+        execution = Execution(model, compute, cpu)
+    else:
+        parallel = ParallelConfig.model_construct(**{**ParallelConfig().model_dump(), **case.parallel})
+        degrees = Degrees.of(parallel, case.world)
+        mesh = Mesh(degrees, cpu)
+        sharding = shard(
+            model, mesh, parallel.zero, compute=compute, reduce=torch.promote_types(compute, torch.float32)
+        )
+        execution = MeshExecution(model, compute, cpu, mesh, sharding)
+    optim = OptimConfig(
+        name=case.optimizer, lr=0.1, weight_decay=0.01, schedule="constant", warmup_ratio=0.0, clip_norm=0.5
+    )
+    trainer = LocalTrainer(execution, CrossEntropy(), optim, total_steps=2, **case.trainer)
+    inputs = pack(make_samples(case.num_samples), Layout(case.budget, degrees.data_ranks), case.normalization)
+    data_rank = 0 if case.world == 1 else degrees.data_rank(dist.get_rank())
+    mine = replace(inputs, batches=[inputs.batches[data_rank]])
+    held_out = trainer.evaluate(mine)["loss"].mean
+    trainer.step(mine)  # a step before, so that nothing of it is left behind
+    stats = trainer.step(mine)
+    gradients = {n: whole(p.grad) for n, p in trainer.model.named_parameters() if p.grad is not None}
+    weights = {n: whole(p.detach()) for n, p in trainer.model.named_parameters()}
+    if case.world > 1 and dist.get_rank() > 0:
+        return None
+    return Outcome(stats["loss"].mean, stats["grad_norm"].mean, gradients, weights, held_out)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest relative difference of a tensor: |a - b| / |b|."""
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    return max(float((found[n].double() - e.double()).norm() / e.double().norm()) for n, e in expected.items())
+
+
+CASES = [
+    Case("shard2", {"dp_shard": 2}, 2),
+    Case("shard4-zero1", {"dp_shard": 4, "zero": 1}, 4),
+    Case("shard4-zero2", {"dp_shard": 4, "zero": 2}, 4),
+    Case("replicate2", {"dp_replicate": 2}, 2),
+    Case("replicate2-shard2", {"dp_replicate": 2, "dp_shard": 2}, 4),
+    Case("shard2-untied-frozen", {"dp_shard": 2}, 2, {"tie_word_embeddings": False}, freeze=("model.norm.weight",)),
+    Case("shard4-idle-ranks", {"dp_shard": 4}, 4, num_samples=2),
+    Case("shard2-sample", {"dp_shard": 2}, 2, normalization="sample"),
+    Case("shard2-neftune", {"dp_shard": 2}, 2, trainer={"neftune_alpha": 5.0}),
+    Case("shard2-adamw", {"dp_shard": 2}, 2, optimizer="adamw", compute="fp64", master="fp64"),
+    Case("shard2-bf16", {"dp_shard": 2}, 2, compute="bf16"),
+    Case("shard2-bf16-masters", {"dp_shard": 2}, 2, compute="bf16", master="bf16"),
+]
+_alone: dict[str, Outcome] = {}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_layout(case: Case) -> None:
+    alone = case.alone
+    key = repr(replace(alone, name=""))
+    if key not in _alone:
+        outcome = take_step(alone)
+        assert outcome is not None
+        _alone[key] = outcome
+    expected, found = _alone[key], run_ranks(case.world, take_step, case)[0]
+    loss, tensors = {"fp32": (1e-5, 1e-5), "fp64": (1e-10, 1e-9), "bf16": (1e-2, 5e-2)}[case.compute]
+    differences = {
+        "loss": abs(found.loss - expected.loss) / expected.loss,
+        "held out": abs(found.held_out - expected.held_out) / expected.held_out,
+        "norm": abs(found.grad_norm - expected.grad_norm) / expected.grad_norm,
+        "gradients": worst(found.gradients, expected.gradients),
+        "weights": worst(found.weights, expected.weights),
+    }
+    if "BURNISH_LAYOUT_TABLE" in os.environ:
+        with open(os.environ["BURNISH_LAYOUT_TABLE"], "a") as table:
+            print(f"| {case} | " + " | ".join(f"{value:.1e}" for value in differences.values()) + " |", file=table)
+    limits = {"loss": loss, "held out": loss, "norm": loss if case.compute != "bf16" else 5e-2}
+    exceeded = {name: value for name, value in differences.items() if value > limits.get(name, tensors)}
+    assert not exceeded
