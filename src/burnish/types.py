@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -149,14 +149,32 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """Where the documents of a pack begin and end: document n is tokens [cu_seqlens[n], cu_seqlens[n+1])."""
+    """Where the documents of a pack begin and end: document n is tokens [cu_seqlens[n], cu_seqlens[n+1]).
+
+    It describes the whole pack, also where only the tokens `here_T` of it are at hand.
+    """
 
     cu_seqlens: torch.Tensor  # int32 [N+1], on the model's device
     lengths: tuple[int, ...]  # the same on the host, so that no kernel launch waits for the device
+    has_padding: bool = False  # the last document is there to fill the pack, and means nothing
+    here_T: torch.Tensor | None = None  # int64, places in the pack of the tokens at hand; None: all of them
 
     @property
     def max_length(self) -> int:
         return max(self.lengths)
+
+    @property
+    def num_real(self) -> int:
+        """Documents that are not padding; they come first."""
+        return len(self.lengths) - self.has_padding
+
+    def of_tokens(self) -> torch.Tensor:
+        """int64 [T]: the document of each token at hand. One from `num_real` on is padding."""
+        lengths_N = self.cu_seqlens.diff()
+        number_N = lengths_N.new_ones(len(self.lengths)).cumsum(0) - 1
+        # Told the sum, the host does not wait for the device to add it up.
+        document_T = number_N.repeat_interleave(lengths_N, output_size=sum(self.lengths))
+        return document_T if self.here_T is None else document_T[self.here_T]
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +205,12 @@ class Batch:
         """The same batch with its tensors on `device`; host facts are shared."""
         names = ("tokens_T", "positions_T", "trained_K", "targets_K", "weights_K", "raw_weights_K", "sources_K")
         moved = {name: _moved(getattr(self, name), device) for name in names}
-        documents = Documents(_moved(self.documents.cu_seqlens, device), self.documents.lengths)
+        here_T = self.documents.here_T
+        documents = replace(
+            self.documents,
+            cu_seqlens=_moved(self.documents.cu_seqlens, device),
+            here_T=None if here_T is None else _moved(here_T, device),
+        )
         return Batch(**moved, documents=documents, sources=self.sources, samples=self.samples)
 
 

@@ -225,8 +225,7 @@ class Rotary:
         if not self._variant.by_length:
             return self._of_length(1, device, dtype)
         by_document_NF = torch.stack([self._of_length(length, device, dtype) for length in documents.lengths])
-        # Told the sum, the host does not wait for the device to add it up.
-        return by_document_NF.repeat_interleave(documents.cu_seqlens.diff(), dim=0, output_size=sum(documents.lengths))
+        return by_document_NF[documents.of_tokens()]
 
     def _of_length(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Frequencies [F] of a document, copied to the device once, because the host waits for the copy."""
