@@ -1,0 +1,186 @@
+"""Weights between files and ranks: each rank reads what it holds, and rank 0 gets whole tensors, one at a time.
+
+Works on whatever layout the parameters have: DTensors over any mesh, plain tensors, and pipeline stages that hold some
+names alone. Knows no file format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate
+
+from burnish.model import hf_io
+from burnish.model.base import CausalLM
+from burnish.model.hf_io import Box, whole
+
+
+def box_of(
+    shape: Sequence[int], mesh_shape: Sequence[int], place: Sequence[int], placements: Sequence[Placement]
+) -> Box:
+    """Which part of a tensor of `shape` a rank at `place` in the mesh holds.
+
+    Every cut is that of torch.chunk, of what the cuts before it have left. Plain shards are cut first, from the left;
+    then the strided ones, from the right: FSDP cuts what tensor and expert parallelism have left.
+    """
+    box = [slice(0, size) for size in shape]
+    axes = range(len(placements))
+    strided = [axis for axis in axes if getattr(placements[axis], "split_factor", 1) > 1]
+    for axis in [*(axis for axis in axes if axis not in strided), *reversed(strided)]:
+        placement = placements[axis]
+        if isinstance(placement, Replicate):
+            continue
+        dim = getattr(placement, "dim", None)
+        assert dim is not None, f"a parameter whose placement is {placement} has no value of its own"
+        start, stop = box[dim].start, box[dim].stop
+        chunk = -(-(stop - start) // mesh_shape[axis])
+        box[dim] = slice(min(start + place[axis] * chunk, stop), min(start + (place[axis] + 1) * chunk, stop))
+    return tuple(box)
+
+
+def local_part(parameter: Tensor) -> tuple[Tensor, Box]:
+    """The memory that this rank has of a parameter, and which part of the whole tensor that is."""
+    if not isinstance(parameter, DTensor):
+        return whole(parameter.detach())
+    place = parameter.device_mesh.get_coordinate()
+    assert place is not None, "this rank is no part of the parameter's mesh"
+    local = parameter.to_local().detach()
+    box = box_of(parameter.shape, parameter.device_mesh.shape, place, parameter.placements)
+    assert local.shape == _shape(box), (local.shape, box, parameter.placements)
+    return local, box
+
+
+def _shape(box: Box) -> tuple[int, ...]:
+    return tuple(side.stop - side.start for side in box)
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, full: Tensor) -> None:
+    """Copy what this rank holds of `parameter` out of the whole tensor."""
+    local, box = local_part(parameter)
+    local.copy_(full[box])
+
+
+def read_weights(folder: Path, model: CausalLM, expected: Mapping[str, torch.Size] | None = None) -> None:
+    """`hf_io.read_weights` for parameters of any layout; each rank reads its own part of each tensor alone.
+
+    `expected` are names and shapes of the whole model, where this rank has one stage of it.
+    """
+    hf_io.read_weights(folder, model, expected, local_part)
+
+
+class _Part(NamedTuple):
+    """What a rank offers of a tensor."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    box: Box
+
+
+def gather(
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    order: Sequence[str] = (),
+    device: torch.device | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """On rank 0 every tensor that any rank has, whole and on the CPU, one after the other; nothing on other ranks.
+
+    All ranks call it and take it to its end. `dtype` is what floating tensors are sent as. Tensors come in `order`,
+    those it does not name behind, as ranks have them. `device` is one that the process group can send from; by default
+    the one where the tensors lie. Replicas are sent once, and no rank but 0 holds more than its own.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield from ((name, _sent(local_part(tensors[name])[0], dtype).cpu()) for name in _ordered(tensors, order))
+        return
+    parts = {name: local_part(tensor) for name, tensor in tensors.items()}
+    offered = [
+        _Part(name, tensors[name].shape, _dtype_sent(local.dtype, dtype), box) for name, (local, box) in parts.items()
+    ]
+    is_first, world = dist.get_rank() == 0, dist.get_world_size()
+    everyones: list[list[_Part]] = [[]] * world
+    dist.gather_object(offered, everyones if is_first else None)
+    plan = _plan(everyones, order) if is_first else {}
+    wanted: list[list[str]] = [[]]
+    dist.scatter_object_list(
+        wanted, [[n for n, senders in plan.items() if rank in senders] for rank in range(world)] if is_first else None
+    )
+    if not is_first:
+        for name in wanted[0]:
+            local = parts[name][0]
+            dist.send(_sent(local, dtype).to(device or local.device).contiguous(), dst=0)
+        return
+    device = device or next((local.device for local, _ in parts.values()), torch.device("cpu"))
+    for name, senders in plan.items():
+        yield name, _receive(senders, device, None if name not in parts else _sent(parts[name][0], dtype))
+
+
+def _plan(everyones: Sequence[Sequence[_Part]], order: Sequence[str]) -> dict[str, dict[int, _Part]]:
+    """For each tensor in order the ranks that send, each another part of it, with rank 0 before its replicas."""
+    senders: dict[str, dict[str, tuple[int, _Part]]] = {}
+    for rank, offered in enumerate(everyones):
+        for part in offered:
+            boxes = senders.setdefault(part.name, {})
+            if all(_shape(part.box)):
+                boxes.setdefault(str(part.box), (rank, part))  # slices have no hash before Python 3.12
+    return {name: dict(senders[name].values()) for name in _ordered(senders, order)}
+
+
+def _ordered(names: Mapping[str, object], order: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([*(name for name in order if name in names), *names]))
+
+
+def _receive(senders: Mapping[int, _Part], device: torch.device, own: Tensor | None) -> Tensor:
+    """The whole tensor on the CPU, of the parts that ranks send and of rank 0's own."""
+    example = next(iter(senders.values()))
+    full = torch.empty(example.shape, dtype=example.dtype)
+    buffers = {
+        rank: torch.empty(_shape(part.box), dtype=part.dtype, device=device) for rank, part in senders.items() if rank
+    }
+    requests = [dist.irecv(buffer, src=rank) for rank, buffer in buffers.items()]
+    for request in requests:
+        assert request is not None
+        request.wait()
+    for rank, part in senders.items():
+        source = buffers[rank] if rank else own
+        assert source is not None
+        full[part.box] = source.to("cpu")
+    return full
+
+
+def _dtype_sent(held: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    return held if dtype is None or not held.is_floating_point else dtype
+
+
+def _sent(local: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return local.to(_dtype_sent(local.dtype, dtype))
+
+
+def gather_full(model: CausalLM, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """All parameters on rank 0, by their names in the model, and nothing elsewhere. All ranks call it."""
+    return dict(gather(dict(model.named_parameters()), dtype))
+
+
+def export(
+    model: CausalLM,
+    folder: Path,
+    dtype: torch.dtype,
+    order: Sequence[str] = (),
+    max_shard_bytes: int = 5 * 10**9,
+    device: torch.device | None = None,
+) -> None:
+    """Write config.json and safetensors into `folder`, which rank 0 sees. All ranks call it.
+
+    Rank 0 holds one file's tensors at a time. `order` are the names of the whole model, where ranks have stages of it.
+    """
+    tensors = gather(hf_io.named_weights(model), dtype, order, device)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        hf_io.write_model(folder, model.config, tensors, dtype, max_shard_bytes)
+    else:
+        for _ in tensors:
+            pass

@@ -1,0 +1,171 @@
+"""Weights between files and ranks: every layout holds the values of one process, reads its own part, and writes all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from safetensors.torch import load_file
+from tiny import native_model, tiny_config
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from burnish.model import hf_io, zoo
+from burnish.model.attention import attend_sdpa
+from burnish.model.base import CausalLM
+from burnish.parallel.degrees import Degrees
+from burnish.parallel.mesh import Mesh
+from burnish.parallel.weights import box_of, export, fill, gather, gather_full, local_part, read_weights
+from burnish.types import UserError
+
+CONFIG = tiny_config("qwen3", vocab_size=509, intermediate_size=66, tie_word_embeddings=False)
+"""Sizes that neither 2 nor 4 divides, and 66, which 2 divides and 4 does not."""
+COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
+ROWS = ("o_proj", "down_proj")
+LAYOUTS = [
+    Degrees(dp_shard=2),
+    Degrees(tp=2),
+    Degrees(dp_shard=2, tp=2),
+    Degrees(dp_replicate=2, dp_shard=2),
+    Degrees(dp_shard=4),
+]
+
+
+def bare_model(device: str, dtype: torch.dtype = torch.float32) -> CausalLM:
+    return zoo.build(CONFIG, attend_sdpa, dtype=dtype, device=device)
+
+
+def lay_out(model: CausalLM, mesh: Mesh) -> CausalLM:
+    """Cut each matrix as tensor parallelism does, and then everything as FSDP does."""
+    for name, module in model.named_modules():
+        kind = name.rpartition(".")[2]
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            placement = Shard(0) if kind in COLUMNS else Shard(1) if kind in ROWS else Replicate()
+            cut = distribute_tensor(parameter.detach(), mesh.axis("tp"), [placement])
+            module.register_parameter(key, nn.Parameter(cut))
+    for unit in [*model.blocks(), model]:
+        fully_shard(unit, mesh=mesh.shards)
+    return model
+
+
+def check_layout(degrees: Degrees, folder: str) -> dict[str, Any]:
+    mesh = Mesh(degrees, torch.device("cpu"))
+    whole = native_model(CONFIG, torch.float32)
+    values = {name: parameter.detach().clone() for name, parameter in whole.named_parameters()}
+    cut = lay_out(whole, mesh)
+    for name, parameter in cut.named_parameters():
+        local, box = local_part(parameter)
+        assert torch.equal(local, values[name][box]), name
+
+    read = lay_out(bare_model("meta", torch.float64), mesh)
+    read.to_empty(device="cpu")
+    read_weights(Path(folder), read)
+    for name, parameter in read.named_parameters():
+        local, box = local_part(parameter)
+        assert torch.equal(local, values[name][box].double()), name
+
+    filled = lay_out(bare_model("cpu"), mesh)
+    for name, parameter in filled.named_parameters():
+        fill(parameter, values[name])
+    gathered = gather_full(filled)
+    assert gathered.keys() == (values.keys() if dist.get_rank() == 0 else set())
+    assert all(torch.equal(gathered[name], values[name]) for name in gathered)
+    export(read, Path(folder, "exported"), torch.bfloat16, max_shard_bytes=30_000)
+    return {name: isinstance(parameter, DTensor) for name, parameter in read.named_parameters()}
+
+
+@pytest.mark.parametrize("degrees", LAYOUTS, ids=str)
+def test_every_layout_reads_and_writes_what_one_process_does(degrees: Degrees, tmp_path: Path):
+    model = native_model(CONFIG, torch.float32)
+    model.export(tmp_path, torch.float32)
+    for folder in ("exported", "alone"):
+        (tmp_path / folder).mkdir()
+    results = run_ranks(degrees.world, check_layout, degrees, str(tmp_path))
+    assert all(all(result.values()) for result in results)  # a plain parameter would have proved nothing
+    hf_io.write_model(
+        tmp_path / "alone", model.config, dict(model.named_parameters()), torch.bfloat16, max_shard_bytes=30_000
+    )
+    files = sorted(path.name for path in (tmp_path / "alone").iterdir())
+    assert len(files) > 5
+    assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == files
+    for file in files:
+        assert (tmp_path / "exported" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
+
+
+def test_a_strided_shard_is_cut_after_the_shard_at_its_right():
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    strided = [_StridedShard(0, split_factor=2), Shard(0)]
+    places = [(data, tensor) for data in range(2) for tensor in range(2)]
+    starts = [box_of([8, 3], [2, 2], place, strided)[0].start for place in places]
+    assert starts == [0, 4, 2, 6]
+    plain = [box_of([8, 3], [2, 2], place, [Shard(0), Shard(0)])[0].start for place in places]
+    assert plain == [0, 2, 4, 6]
+
+
+def stage_of(rank: int) -> CausalLM:
+    """The whole model without the parts that another stage has."""
+    model = native_model(CONFIG, torch.float32)
+    absent = {0: ["model.layers.1", "model.norm", "lm_head"], 1: ["model.embed_tokens", "model.layers.0"]}
+    for name in absent[rank]:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, nn.Identity())
+    return model
+
+
+def check_stages(folder: str) -> None:
+    full = {name: parameter.shape for name, parameter in bare_model("meta").named_parameters()}
+    model = stage_of(dist.get_rank())
+    values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    assert 0 < len(values) < len(full)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    with pytest.raises(UserError, match="unexpected"):
+        read_weights(Path(folder), model)
+    read_weights(Path(folder), model, full)
+    assert all(torch.equal(parameter, values[name]) for name, parameter in model.named_parameters())
+    order = list(gather(dict(model.named_parameters()), torch.bfloat16, list(full)))
+    if dist.get_rank() == 0:
+        assert [name for name, _ in order] == list(full)
+        assert all(tensor.dtype == torch.bfloat16 and tensor.shape == full[name] for name, tensor in order)
+    export(model, Path(folder, "exported"), torch.float32, order=list(full))
+
+
+def test_stages_read_their_names_and_write_all_of_them(tmp_path: Path):
+    native_model(CONFIG, torch.float32).export(tmp_path, torch.float32)
+    (tmp_path / "exported").mkdir()
+    run_ranks(2, check_stages, str(tmp_path))
+    exported, original = (load_file(path / "model.safetensors") for path in (tmp_path / "exported", tmp_path))
+    assert exported.keys() == original.keys()
+    assert all(torch.equal(exported[name], original[name]) for name in original)
+    assert hf_io.read_config(tmp_path / "exported") == hf_io.read_config(tmp_path)
+
+
+def read_tied(folder: str) -> str:
+    mesh = Mesh(Degrees(dp_shard=2), torch.device("cpu"))
+    model = zoo.build(tiny_config("qwen3"), attend_sdpa, dtype=torch.float32, device="cpu")
+    with pytest.raises(UserError, match="stored with different values") as caught:
+        read_weights(Path(folder), lay_out(model, mesh))
+    return str(caught.value)
+
+
+def test_each_rank_compares_its_part_of_a_weight_stored_twice(tmp_path: Path):
+    from safetensors.torch import save_file
+
+    native_model(tiny_config("qwen3"), torch.float32).export(tmp_path, torch.float32)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"] + 1
+    save_file(stored, tmp_path / "model.safetensors")
+    assert len(set(run_ranks(2, read_tied, str(tmp_path)))) == 1
+
+
+def test_one_process_gathers_without_a_process_group():
+    model = native_model(CONFIG, torch.float32)
+    gathered = gather_full(model, torch.float64)
+    assert list(gathered) == [name for name, _ in model.named_parameters()]
+    assert all(torch.equal(gathered[name], p.double()) for name, p in model.named_parameters())
