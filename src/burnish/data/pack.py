@@ -6,7 +6,7 @@ Shape suffixes: T tokens of a pack, K its trained tokens, N its documents.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -140,7 +140,8 @@ def _cost(indices: list[int], lengths: Sequence[int], linear: float = 24576.0) -
 
 def _idle_batch(source_names: tuple[str, ...]) -> Batch:
     """One token that nobody trains, for a rank that has nothing to do while the others have."""
-    return _batch([Sample(np.zeros(1, np.int32), np.zeros(1, np.float32), source_names[0])], np.ones(1), source_names)
+    token = Sample(np.zeros(1, np.int32), np.zeros(1, np.float32), source_names[0])
+    return replace(_batch([token], np.ones(1), source_names), samples=())
 
 
 def _batch(samples: list[Sample], scales: np.ndarray, source_names: tuple[str, ...]) -> Batch:

@@ -250,9 +250,9 @@ class StepWindow:
 
 
 def _documents(inputs: StepInput) -> list[tuple[Sample, int]]:
-    """Every sample of the step with its length in tokens."""
+    """Every sample of the step with its length in tokens. Documents of padding, which have no sample, come last."""
     batches = [batch for rank in inputs.batches for batch in rank]
-    return [pair for batch in batches for pair in zip(batch.samples, batch.documents.lengths, strict=True)]
+    return [pair for batch in batches for pair in zip(batch.samples, batch.documents.lengths, strict=False)]
 
 
 def _as_double(value: Any) -> Any:

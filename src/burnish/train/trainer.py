@@ -124,13 +124,14 @@ class LocalTrainer:
         assert self.neftune_alpha is not None
         size = self.model.config["hidden_size"]
         generator = torch.Generator(self.device)
-        parts = []
+        parts = [torch.zeros(0, size, device=self.device)]
         for sample in batch.samples:
             # By content, so that neither the pack nor the source's name has a say.
             generator.manual_seed(seed_from(self.seed, step, zlib.crc32(sample.tokens.tobytes()), sample.index) >> 1)
             uniform_LD = torch.rand(len(sample.tokens), size, generator=generator, device=self.device) * 2 - 1
             parts.append(uniform_LD * (self.neftune_alpha / (len(sample.tokens) * size) ** 0.5))
-        return torch.cat(parts).to(self.execution.compute)
+        noise_TD = torch.cat(parts).to(self.execution.compute)
+        return nn.functional.pad(noise_TD, (0, 0, 0, batch.num_tokens - len(noise_TD)))
 
     def rehearse(self, inputs: StepInput) -> None:
         """Forward and backward of the first micro-batch, gradients thrown away: memory shows before step 1."""

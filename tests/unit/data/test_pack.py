@@ -62,7 +62,16 @@ def test_ranks_share_the_packs_evenly() -> None:
     samples = [make_sample(n, i) for i, n in enumerate([8, 7, 6, 5, 4, 3, 2, 1])]
     inputs = pack(samples, Layout(8, data_ranks=2))
     assert sorted(s.index for rank in inputs.batches for b in rank for s in b.samples) == list(range(8))
-    assert max(map(len, inputs.batches)) - min(map(len, inputs.batches)) <= 1
+    assert max(map(len, inputs.batches)) == min(map(len, inputs.batches))
+
+
+def test_a_rank_without_packs_has_idle_ones_that_train_nothing() -> None:
+    samples = [make_sample(n, i) for i, n in enumerate([8, 8, 8])]
+    inputs = pack(samples, Layout(8, data_ranks=2))
+    assert [len(rank) for rank in inputs.batches] == [2, 2]
+    (idle,) = [batch for rank in inputs.batches for batch in rank if not batch.samples]
+    assert (idle.num_tokens, len(idle.trained_K)) == (1, 0)
+    assert inputs.num_tokens == 24
 
 
 def test_rows_count_their_padding_and_single_documents_have_none() -> None:
