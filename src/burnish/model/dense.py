@@ -1,4 +1,4 @@
-"""One dense decoder for Llama, Qwen2 and Qwen3, with Hugging Face's parameter names.
+"""One dense decoder for Llama, Qwen2 and Qwen3, with Hugging Face's parameter names, and the parts others share.
 
 Knows nothing of layouts, and of packing only `Documents`. Parameters are made uninitialised; a checkpoint or
 `zoo.initialise` writes them. Where a config.json asks for something that is not computed here, it is refused.
@@ -8,8 +8,8 @@ Shape suffixes: T tokens of a pack, D hidden size, H query heads, G key and valu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ class Family:
     """What an architecture's code fixes beyond its config.json.
 
     `required` are sizes whose silent defaults in `transformers` are one checkpoint's and would surprise in another.
-    `qkv_bias` None leaves the biases of all four projections to `attention_bias`.
+    `qkv_bias` None leaves the biases of all four projections to `attention_bias`. `keys` are what others than the
+    dense decoder read of the config, `only` further keys with the one value that is computed.
     """
 
     required: tuple[str, ...] = ()
@@ -38,6 +39,8 @@ class Family:
     qk_norm: bool = False
     has_mlp_bias: bool = False
     has_windows: bool = True
+    keys: frozenset[str] = frozenset()
+    only: Mapping[str, Any] = field(default_factory=dict)
 
 
 LLAMA = Family(has_mlp_bias=True, has_windows=False)
@@ -138,14 +141,16 @@ def read_shape(config: Mapping[str, Any], family: Family) -> DenseShape:
 
 
 def _refuse_unknown(config: Mapping[str, Any], family: Family) -> None:
-    read = _READ | (_WINDOW_KEYS if family.has_windows else set()) | ({"mlp_bias"} if family.has_mlp_bias else set())
+    read = _READ | family.keys | (_WINDOW_KEYS if family.has_windows else set())
+    read |= {"mlp_bias"} if family.has_mlp_bias else set()
+    only = _ONLY | dict(family.only)
     for key, value in config.items():
         if key in read or key in _NO_EFFECT or key.startswith("_") or value is None:
             continue
-        if key not in _ONLY:
+        if key not in only:
             raise UnsupportedModel(f"config.json has {key}={value!r}, which the native decoder does not know")
-        if value != _ONLY[key]:
-            raise UnsupportedModel(f"config.json has {key}={value!r}; the native decoder computes {_ONLY[key]!r} alone")
+        if value != only[key]:
+            raise UnsupportedModel(f"config.json has {key}={value!r}; the native decoder computes {only[key]!r} alone")
 
 
 def _read_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
@@ -213,11 +218,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202)."""
 
-    def __init__(self, shape: DenseShape) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
-        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
-        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
         return self.down_proj(functional.silu(self.gate_proj(hidden_TD)) * self.up_proj(hidden_TD))
@@ -226,12 +231,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention and MLP, each behind a norm and beside a residual."""
 
-    def __init__(self, shape: DenseShape, window: int | None, kernel: Kernel) -> None:
+    def __init__(self, shape: DenseShape, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
-        self.self_attn = Attention(shape, window, kernel)
+        self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.norm_eps)
-        self.mlp = MLP(shape)
+        self.mlp = mlp
 
     def forward(self, hidden_TD: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
         hidden_TD = hidden_TD + self.self_attn(self.input_layernorm(hidden_TD), rotary, documents)
@@ -241,10 +246,10 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Embedding, blocks and the final norm."""
 
-    def __init__(self, shape: DenseShape, kernel: Kernel) -> None:
+    def __init__(self, shape: DenseShape, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        self.layers = nn.ModuleList(Block(shape, window, kernel) for window in shape.windows)
+        self.layers = nn.ModuleList(blocks)
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.rotary = Rotary(shape.rope)
 
@@ -258,18 +263,17 @@ class Decoder(nn.Module):
         return self.norm(hidden_TD)
 
 
-class DenseLM(CausalLM):
-    """Llama, Qwen2 or Qwen3; a tied head is the embedding itself, and no second parameter.
+class DecoderLM(CausalLM):
+    """A decoder of `blocks` and its head; a tied head is the embedding itself, and no second parameter.
 
     Every token's embedding is trained, that of a padding token too: packs hold none for padding's sake.
     """
 
-    def __init__(self, config: dict[str, Any], kernel: Kernel, family: Family) -> None:
+    def __init__(self, config: dict[str, Any], shape: DenseShape, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
-        shape = read_shape(config, family)
         self.config = config
         self.shape = shape
-        self.model = Decoder(shape, kernel)
+        self.model = Decoder(shape, blocks)
         if shape.is_tied:
             self.aliases = {"lm_head.weight": "model.embed_tokens.weight"}
         else:
@@ -288,3 +292,19 @@ class DenseLM(CausalLM):
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         write_model(folder, self.config, dict(self.named_parameters()), dtype)
+
+
+class DenseLM(DecoderLM):
+    """Llama, Qwen2 or Qwen3."""
+
+    def __init__(self, config: dict[str, Any], kernel: Kernel, family: Family) -> None:
+        shape = read_shape(config, family)
+        blocks = [
+            Block(
+                shape,
+                Attention(shape, window, kernel),
+                MLP(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias),
+            )
+            for window in shape.windows
+        ]
+        super().__init__(config, shape, blocks)
