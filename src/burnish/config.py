@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from datetime import date
 from typing import Annotated, Any, Literal
 
@@ -427,6 +428,38 @@ class CheckpointConfig(Section):
     """Resume although the recipe or the data changed in a way that alters results."""
 
 
+class LoraConfig(Section):
+    rank: Positive = 16
+    """Inner size of every adapter (LoRA, arXiv 2106.09685)."""
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
+    """Adapters are scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
+    kind: Literal["lora", "dora"] = "lora"
+    """dora also trains the length of every row of an adapted weight (arXiv 2402.09353)."""
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """Layers that get an adapter, by the ends of their names, [q_proj, v_proj]; all-linear: those of every block."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained whole beside the adapters, by the ends of their names: [embed_tokens]."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """The first factor: uniform within 1 / sqrt(inputs), or normal with deviation 1 / rank; the second is zero."""
+    dropout: NonNegative = 0.0
+    """0: what dropout keeps depends on how packs and layers lie on ranks, and no layout may change results."""
+    path: str | None = None
+    """Folder of an adapter in peft's format to go on from."""
+    merge: bool = False
+    """Export whole weights with the adapters added in, instead of a folder with the adapters alone."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> LoraConfig:
+        if self.dropout > 0:
+            raise ValueError(
+                f"lora.dropout={self.dropout:g}: what it keeps would depend on the layout, so adapters train without; "
+                "set it to 0, and lower optim.lr or raise optim.weight_decay against overfitting"
+            )
+        return self
+
+
 class ParallelConfig(Section):
     dp_replicate: Positive = 1
     """Data-parallel replicas, each with all weights of its shard group (HSDP)."""
@@ -486,6 +519,89 @@ class ParallelConfig(Section):
         return self
 
 
+def _devices(value: Any) -> Any:
+    """The numbers that a device mapping writes: lists and ranges, joined by +. It is parsed, never evaluated."""
+    rule = "must be a list of device numbers such as [0, 1, 2, 3], or `list(range(0, 4))`, or such joined by +"
+    numbers = list(value) if isinstance(value, list | tuple) else None
+    if isinstance(value, str):
+        numbers = []
+        for term in value.split("+"):
+            one = re.fullmatch(r"\s*(?:list\(\s*range\(([^()]*)\)\s*\)|range\(([^()]*)\)|\[([^\[\]]*)\])\s*", term)
+            if one is None:
+                raise ValueError(f"{rule}; {term.strip()!r} is neither")
+            inner = next(group for group in one.groups() if group is not None)
+            parts = [part.strip() for part in inner.split(",")] if inner.strip() else []
+            if not all(re.fullmatch(r"-?[0-9]{1,6}", part) for part in parts):
+                raise ValueError(f"{rule}; {inner.strip()!r} holds more than whole numbers")
+            terms = [int(part) for part in parts]
+            if one[3] is not None:
+                numbers += terms
+            elif 1 <= len(terms) <= 3 and (len(terms) < 3 or terms[2] != 0):
+                numbers += range(*terms)
+            else:
+                raise ValueError(f"{rule}; a range has a start, an end and a step that is not 0")
+    if value is None:
+        return None
+    if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+        raise ValueError(f"{rule}, each 0 or more and at least one")
+    if len(set(numbers)) < len(numbers):
+        twice = next(n for n in numbers if numbers.count(n) > 1)
+        raise ValueError(f"device {twice} is named twice, and a device holds one rank; name each once")
+    return tuple(numbers)
+
+
+DeviceMapping = Annotated[
+    tuple[int, ...] | None, BeforeValidator(_devices, json_schema_input_type=list[int] | str | None)
+]
+
+
+class ClusterConfig(Section):
+    address: str | None = None
+    """Null starts Ray on this host, for this run alone; `auto` or HOST:PORT joins a Ray cluster."""
+    num_nodes: Positive = 1
+    """Hosts to run on."""
+    devices_per_node: Positive | Literal["auto"] = "auto"
+    """Ranks on each host; auto takes its CUDA devices, or 1 on a CPU."""
+    device_mapping: DeviceMapping = None
+    """The devices to use, one rank each, counted host by host: [0, 1, 2, 3] or "list(range(0, 4))"; null takes all."""
+    env: dict[str, str | int | float] = {}
+    """Environment variables of every rank's process."""
+    wait: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600
+    """Longest wait for hosts and devices at the start, seconds."""
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1800
+    """Longest time a call of the ranks, with the collectives in it, may take, seconds; then it counts as hung."""
+    max_restarts: Annotated[int, Field(ge=0)] = 0
+    """How often a run that lost a process or host is started again from its last checkpoint."""
+    restart_wait: NonNegative = 60
+    """Longest wait at a restart for a lost host to come back, seconds; then the run goes on with those left."""
+    grace: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30
+    """Longest time after SIGTERM for finishing the step and saving, seconds; then all is ended as it is."""
+    object_store_memory: Annotated[int, Field(ge=80_000_000)] = 200_000_000
+    """Shared memory for batches on their way in a Ray that is started here, bytes."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> ClusterConfig:
+        if self.address is not None and "://" in self.address:
+            raise ValueError(
+                f"cluster.address={self.address} goes through a proxy, and ranks talk to the driver directly; start "
+                "the run on a host of the cluster and set it to auto or HOST:PORT"
+            )
+        if self.address is None and self.num_nodes > 1:
+            raise ValueError(
+                f"cluster.num_nodes={self.num_nodes} needs a cluster, and cluster.address=null starts Ray on this host "
+                "alone; set cluster.address to auto or HOST:PORT"
+            )
+        if self.device_mapping is not None and self.devices_per_node != "auto":
+            most = self.num_nodes * self.devices_per_node
+            if max(self.device_mapping) >= most:
+                raise ValueError(
+                    f"cluster.device_mapping names device {max(self.device_mapping)}, and cluster.num_nodes="
+                    f"{self.num_nodes} x cluster.devices_per_node={self.devices_per_node} are devices 0 to {most - 1}; "
+                    "name some of those"
+                )
+        return self
+
+
 class RunConfig(Section):
     dir: str = "runs/my-run"
     """The run folder: checkpoints, metrics, logs, report, export."""
@@ -508,6 +624,8 @@ class RunConfig(Section):
 class Recipe(Section):
     model: ModelConfig
     """The model to start from."""
+    lora: LoraConfig | None = None
+    """Adapters to train in place of the model's own weights; null trains those."""
     data: DataConfig
     """Rows, and what of them is trained."""
     batch: BatchConfig = BatchConfig()
@@ -524,6 +642,8 @@ class Recipe(Section):
     """Saving, resuming and export."""
     parallel: ParallelConfig = ParallelConfig()
     """Layout over processes."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Processes: hosts, devices, and what happens when one is lost."""
     run: RunConfig = RunConfig()
     """Folder, seed, device and logging."""
 

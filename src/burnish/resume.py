@@ -20,6 +20,7 @@ FREE = (
     "checkpoint.*",
     "evaluate.*",
     "parallel.*",
+    "cluster.*",
     "batch.tokens_per_micro_batch",
     "batch.packing",
     "train.recompute",
@@ -54,6 +55,7 @@ LATER_KEYS = {
     "data.turn_per_sample": False,
     "data.open_turns": "report",
     "data.renderer": None,
+    "lora": None,
 }
 """Keys that checkpoints of earlier versions lack, and what those versions did."""
 

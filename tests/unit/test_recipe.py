@@ -97,7 +97,7 @@ def test_missing_and_misplaced_files(tmp_path: Path) -> None:
         read_recipe(tmp_path / "none.yaml")
     file = tmp_path / "list.yaml"
     file.write_text("- a")
-    with pytest.raises(RecipeError, match="must be a mapping with the keys model, data"):
+    with pytest.raises(RecipeError, match="must be a mapping with the keys model, lora, data"):
         read_recipe(file)
     file.write_text("model: {path: m}\nmodel: {path: n}")
     with pytest.raises(RecipeError, match="key 'model' is given twice"):
