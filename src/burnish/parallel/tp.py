@@ -1,56 +1,63 @@
 """Tensor and sequence parallelism (arXiv 1909.08053, 2205.05198): a table of how modules are cut over tp ranks, and the
 head on a part of the vocabulary. Model files stay as they are; hooks around their modules gather and sum.
 
-Parameters become DTensors, while activations between modules are local tensors: with sequence parallelism residuals
-and norms hold T / tp tokens, without it all T. It shards nothing over data ranks and cuts no experts.
+Parameters become DTensors, which their own modules read as local tensors, and activations are local tensors: with
+sequence parallelism residuals and norms hold T / tp tokens, without it all T. It shards nothing over data ranks and
+cuts no routed experts.
 Shape suffixes: T tokens of a pack, D hidden size, V vocabulary, K trained tokens, P tp ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    PrepareModuleInput,
-    RowwiseParallel,
-    parallelize_module,
-)
 from torch.nn import functional
 
 from burnish.model.base import CausalLM
+from burnish.model.dense import MLP, Attention
 from burnish.model.lm_head import Head, Part, score
+from burnish.model.mla import LatentAttention
 from burnish.types import TokenScores, UserError
 
-Plan = Mapping[str, ParallelStyle | None]
-"""Styles by shell patterns of module names, the first that fits counts; None leaves a module to others."""
+READS_ALL = (Attention, LatentAttention, MLP)
+"""Modules that read all tokens, which are gathered once for their projections; gradients are summed there, too."""
+
+Style = Callable[[nn.Module, DeviceMesh], None]
+"""Cuts the parameters of one module over the ranks of a mesh."""
 
 
-def plan(sequence_parallel: bool) -> Plan:
-    """The table for the modules of `model/`: heads, columns of MLPs and the vocabulary are cut, the rest is not."""
+def plan(sequence_parallel: bool) -> Mapping[str, Style | None]:
+    """The table for the modules of `model/`, by shell patterns of their names, of which the first that fits counts.
+
+    Heads, columns of MLPs and the vocabulary are cut, the rest is not; None leaves parameters to others.
+    """
     tokens = Shard(0) if sequence_parallel else Replicate()
+    of_heads = partial(whole, gradient=Partial())
+    of_tokens = partial(whole, gradient=Partial() if sequence_parallel else Replicate())
     return {
-        "model.embed_tokens": EmbeddingRows(tokens),
-        "model.layers.*.input_layernorm": Whole(tokens),
-        "model.layers.*.self_attn": _reads_all(tokens, num_others=2),
-        "model.layers.*.self_attn.[qkv]_proj": ColwiseParallel(),
-        "model.layers.*.self_attn.[qk]_norm": Whole(Shard(1)),
-        "model.layers.*.self_attn.o_proj": RowwiseParallel(output_layouts=tokens),
-        "model.layers.*.post_attention_layernorm": Whole(tokens),
-        "model.layers.*.mlp": _reads_all(tokens),
-        "model.layers.*.mlp.gate_proj": ColwiseParallel(),
-        "model.layers.*.mlp.up_proj": ColwiseParallel(),
-        "model.layers.*.mlp.down_proj": RowwiseParallel(output_layouts=tokens),
-        "model.norm": Whole(tokens),
-        "lm_head": ColwiseParallel(),
+        "model.embed_tokens": partial(embedding, tokens=tokens),
+        "model.layers.*.self_attn.[qkv]_proj": columns,
+        "model.layers.*.self_attn.[qk]_norm": of_heads,
+        "model.layers.*.self_attn.q_a_*": of_heads,
+        "model.layers.*.self_attn.kv_a_*": of_heads,
+        "model.layers.*.self_attn.q_b_proj": columns,
+        "model.layers.*.self_attn.kv_b_proj": columns,
+        "model.layers.*.self_attn.o_proj": partial(rows, tokens=tokens),
+        "model.layers.*.mlp.experts": None,
+        "model.layers.*.mlp.gate": of_tokens,
+        "model.layers.*.mlp.*gate_proj": columns,
+        "model.layers.*.mlp.*up_proj": columns,
+        "model.layers.*.mlp.*down_proj": partial(rows, tokens=tokens),
+        "model.layers.*layernorm": of_tokens,
+        "model.norm": of_tokens,
+        "lm_head": vocabulary,
     }
 
 
@@ -61,90 +68,118 @@ def parallelize(model: CausalLM, axis: DeviceMesh, sequence_parallel: bool) -> N
     Gradients of what is not cut may be partial sums: `fully_shard` on top adds them up, and so does `full_tensor`.
     Raises UserError, with nothing changed, where a parameter's module has no row in the table.
     """
-    styles = _match(model, plan(sequence_parallel))
-    strange = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in styles]
+    table = plan(sequence_parallel)
+    modules = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters())}
+    fits = {name: [pattern for pattern in table if fnmatchcase(name, pattern)] for name in modules}
+    strange = [name for name, _ in model.named_parameters() if not fits[name.rpartition(".")[0]]]
     if strange:
         raise UserError(
             f"parallel.tp={axis.size()}: nothing is known of how to cut {strange[0]}; set parallel.tp to 1, or "
             "model.implementation to native where the architecture has one"
         )
-    for name, style in styles.items():
-        module = model.get_submodule(name)
-        if style is not None and any(True for _ in module.parameters()):
-            parallelize_module(module, axis, style, src_data_rank=None)
+    tokens = Shard(0) if sequence_parallel else Replicate()
+    for name, module in modules.items():
+        style = table[fits[name][0]] if fits[name] else None
+        if style is not None:
+            style(module, axis)
+        if isinstance(module, READS_ALL):
+            module.register_forward_pre_hook(partial(_gather_input, axis, tokens))
 
 
-def _match(model: nn.Module, table: Plan) -> dict[str, ParallelStyle | None]:
-    """The style of every module that a pattern fits."""
-    names = [name for name, _ in model.named_modules()]
-    fits = {name: [pattern for pattern in table if fnmatchcase(name, pattern)] for name in names}
-    return {name: table[patterns[0]] for name, patterns in fits.items() if patterns}
+def columns(module: nn.Module, axis: DeviceMesh) -> None:
+    """A projection to this rank's heads or columns; the gradient of its input is this rank's share."""
+    _place(module, axis, {"weight": Shard(0), "bias": Shard(0)})
+    _read_locally(module, Shard(0))
 
 
-def _reads_all(tokens: Placement, num_others: int = 0) -> PrepareModuleInput:
-    """A module that reads all tokens, gathered once for all its projections; their gradients are summed once, too."""
-    others = (None,) * num_others
-    return PrepareModuleInput(input_layouts=(tokens, *others), desired_input_layouts=(Replicate(), *others))
+def rows(module: nn.Module, axis: DeviceMesh, tokens: Placement) -> None:
+    """A projection from this rank's heads or columns, whose outputs are summed over ranks and lie as `tokens` says."""
+    _place(module, axis, {"weight": Shard(1), "bias": Replicate()})
+    _read_locally(module, Shard(1), bias=axis.get_local_rank() == 0)
+    module.register_forward_hook(partial(_sum_output, axis, tokens))
 
 
-class Whole(ParallelStyle):
-    """A module whose parameters every rank holds whole, at work on tokens or heads that lie as `layout` says."""
-
-    def __init__(self, layout: Placement) -> None:
-        self.layout = layout
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def read(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            x, *others = inputs
-            return (x if isinstance(x, DTensor) else DTensor.from_local(x, device_mesh, [self.layout]), *others)
-
-        def write(module: nn.Module, inputs: tuple[Any, ...], output: DTensor) -> Tensor:
-            return output.to_local()
-
-        _place(module, device_mesh, Replicate())
-        module.register_forward_pre_hook(read)
-        module.register_forward_hook(write)
-        return module
+def whole(module: nn.Module, axis: DeviceMesh, gradient: Placement) -> None:
+    """What every rank has whole. `gradient` is Partial where each sees some of the tokens or heads, else Replicate."""
+    _place(module, axis, {name: Replicate() for name, _ in module.named_parameters()})
+    _read_locally(module, gradient)
 
 
-class EmbeddingRows(ParallelStyle):
-    """An embedding cut by rows: each rank looks up the tokens it has, the others are zero, and the sum is `layout`.
-
-    torch's RowwiseParallel would give every rank the gradient of the whole vocabulary.
-    """
-
-    def __init__(self, layout: Placement) -> None:
-        self.layout = layout
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        _place(module, device_mesh, Shard(0))
-        module.forward = partial(self._look_up, module, device_mesh)
-        return module
-
-    def _look_up(self, module: nn.Module, axis: DeviceMesh, tokens_T: Tensor) -> Tensor:
-        weight_VD = cast(DTensor, module.weight)
-        rows_VD = weight_VD.to_local()
-        index_T = tokens_T - _first_row(weight_VD, axis)
-        outside_T = (index_T < 0) | (index_T >= len(rows_VD))
-        hidden_TD = functional.embedding(index_T.masked_fill(outside_T, 0), rows_VD)
-        return _laid_out(hidden_TD.masked_fill(outside_T[:, None], 0), axis, Partial(), self.layout).to_local()
+def vocabulary(module: nn.Module, axis: DeviceMesh) -> None:
+    """The head, which is never called: `VocabularyParallel` takes its rows."""
+    _place(module, axis, {"weight": Shard(0), "bias": Shard(0)})
 
 
-def _place(module: nn.Module, axis: DeviceMesh, placement: Placement) -> None:
+def embedding(module: nn.Module, axis: DeviceMesh, tokens: Placement) -> None:
+    """Each rank looks up the tokens whose rows it has; the others are zero until ranks are summed."""
+    _place(module, axis, {"weight": Shard(0)})
+    module.forward = partial(_look_up, module, axis, tokens)
+
+
+def _look_up(module: nn.Module, axis: DeviceMesh, tokens: Placement, tokens_T: Tensor) -> Tensor:
+    weight_VD = cast(DTensor, module.weight)
+    rows_VD = weight_VD.to_local()
+    index_T = tokens_T - _first_row(weight_VD, axis)
+    outside_T = (index_T < 0) | (index_T >= len(rows_VD))
+    hidden_TD = functional.embedding(index_T.masked_fill(outside_T, 0), rows_VD)
+    return _laid_out(hidden_TD.masked_fill(outside_T[:, None], 0), axis, Partial(), tokens).to_local()
+
+
+def _gather_input(axis: DeviceMesh, tokens: Placement, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return _gathered(inputs[0], axis, tokens), *inputs[1:]
+
+
+def _sum_output(axis: DeviceMesh, tokens: Placement, module: nn.Module, inputs: Any, output_TD: Tensor) -> Tensor:
+    return _laid_out(output_TD, axis, Partial(), tokens).to_local()
+
+
+def _gathered(hidden_TD: Tensor, axis: DeviceMesh, tokens: Placement) -> Tensor:
+    """All tokens, each rank's reading of which has its share of the gradient."""
+    return _laid_out(hidden_TD, axis, tokens, Replicate()).to_local(grad_placements=[Partial()])
+
+
+def _laid_out(local: Tensor, axis: DeviceMesh, now: Placement, then: Placement) -> DTensor:
+    return DTensor.from_local(local, axis, [now], run_check=False).redistribute(placements=[then])
+
+
+def _place(module: nn.Module, axis: DeviceMesh, placements: Mapping[str, Placement]) -> None:
     """The parameters of `module` as DTensors, each rank taking its part of what it has."""
-    for name, parameter in module.named_parameters(recurse=False):
-        placed = distribute_tensor(parameter.detach(), axis, [placement], src_data_rank=None)
+    for name, parameter in list(module.named_parameters()):
+        placed = distribute_tensor(parameter.detach(), axis, [placements[name]], src_data_rank=None)
         module.register_parameter(name, nn.Parameter(placed, requires_grad=parameter.requires_grad))
+
+
+def _read_locally(module: nn.Module, gradient: Placement, bias: bool | None = None) -> None:
+    """Let the forward of `module` read its parameters as local tensors, whose gradients lie as `gradient` says.
+
+    Under DTensors every operator of a module would cost some 50 us of the host's time. A `bias` that is not None is
+    summed over ranks with the output: it is read where it is true, and zero elsewhere.
+    """
+    names = tuple(name for name, _ in module.named_parameters())
+    # The same module to all others, FSDP among them, and to itself one with other properties.
+    view = object.__new__(_local_reader(type(module), names, gradient, bias))
+    object.__setattr__(view, "__dict__", module.__dict__)
+    module.forward = partial(type(module).forward, view)
+
+
+@cache  # one class for all layers, for torch.compile compiles anew for another
+def _local_reader(kind: type[nn.Module], names: tuple[str, ...], gradient: Placement, bias: bool | None) -> type:
+    def reader(name: str) -> property:
+        def read(module: nn.Module) -> Tensor:
+            parameter = cast(DTensor, module._parameters[name])
+            if name == "bias" and bias is not None:
+                return parameter.to_local(grad_placements=[Partial()]) * bias
+            return parameter.to_local(grad_placements=[gradient])
+
+        return property(read)
+
+    return type(kind.__name__, (kind,), {name: reader(name) for name in names})
 
 
 def _first_row(weight_VD: DTensor, axis: DeviceMesh) -> int:
     """Where this rank's rows begin, by the rule of torch.chunk."""
     num_rows = len(weight_VD)
     return min(axis.get_local_rank() * -(-num_rows // axis.size()), num_rows)
-
-
-def _laid_out(local: Tensor, axis: DeviceMesh, now: Placement, then: Placement) -> DTensor:
-    return DTensor.from_local(local, axis, [now]).redistribute(placements=[then])
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +195,7 @@ class VocabularyParallel:
 
     def gather(self, hidden_TD: Tensor) -> Tensor:
         """The hidden states of all tokens, of those of this rank [T / tp, D] or, without sequence parallelism, all."""
-        whole_TD = _laid_out(hidden_TD, self.axis, self._tokens, Replicate())
-        return whole_TD.to_local(grad_placements=[Partial()])
+        return _gathered(hidden_TD, self.axis, Shard(0) if self.sequence_parallel else Replicate())
 
     def cut(self, x_TD: Tensor) -> Tensor:
         """Of something about all T tokens what goes with this rank's residuals: noise on embeddings, for one."""
@@ -178,7 +212,3 @@ class VocabularyParallel:
     def _stack(self, x: Tensor) -> Tensor:
         """[P, ...]: `x` of every rank."""
         return _laid_out(x[None], self.axis, Shard(0), Replicate()).to_local()
-
-    @property
-    def _tokens(self) -> Placement:
-        return Shard(0) if self.sequence_parallel else Replicate()
