@@ -209,7 +209,7 @@ class StepWindow:
         counts.totals += step
         counts.capacity += inputs.capacity
         counts.padding += inputs.num_padding
-        documents = _documents(inputs)
+        documents = [(sample, len(sample.tokens)) for sample in inputs.samples]
         for sample, length in documents:
             self._source_tokens[sample.source] += length
             self._source_trained[sample.source] += sample.num_trained
@@ -247,12 +247,6 @@ class StepWindow:
             line["mfu"] = counts.flops / in_steps / self._utilisation.peak
         self._begin()
         return line
-
-
-def _documents(inputs: StepInput) -> list[tuple[Sample, int]]:
-    """Every sample of the step with its length in tokens. Documents of padding, which have no sample, come last."""
-    batches = [batch for rank in inputs.batches for batch in rank]
-    return [pair for batch in batches for pair in zip(batch.samples, batch.documents.lengths, strict=False)]
 
 
 def _as_double(value: Any) -> Any:
