@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from burnish.model.attention import Kernel
 from burnish.model.base import CausalLM, UnsupportedModel
-from burnish.model.hf_io import write_model
+from burnish.model.hf_io import as_stored, named_weights, write_model
 from burnish.model.lm_head import Head
 from burnish.model.rope import Rope, Rotary, read_rope, rotate
 from burnish.types import Documents, UserError
@@ -291,7 +291,7 @@ class DecoderLM(CausalLM):
         return list(self.model.layers)
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
-        write_model(folder, self.config, dict(self.named_parameters()), dtype)
+        write_model(folder, self.config, as_stored(self, named_weights(self).items()), dtype)
 
 
 class DenseLM(DecoderLM):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from burnish.files import read_object, sync
-from burnish.model.base import CausalLM
+from burnish.model.base import CausalLM, saved_buffers
 from burnish.types import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,6 +32,8 @@ SECOND_COPIES = ("original/*", "onnx/*", "consolidated*")
 
 Box = tuple[slice, ...]
 """A part of a tensor: start and stop along each of its dimensions."""
+EXACT = ("e_score_correction_bias",)
+"""Last names of tensors that are written as they are, whatever the others are rounded to: as `transformers` does."""
 
 
 def find_folder(path: str, revision: str = "main", with_code: bool = False) -> Path:
@@ -72,9 +75,10 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_object(file, "correct it")
 
 
-def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a checkpoint holds, by its names for them: those of adapters are no part of it."""
-    return {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if ".lora_" not in name}
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a model holds of a checkpoint, by Hugging Face's names: those of adapters are no part of it."""
+    tensors = dict(model.named_parameters()) | saved_buffers(model)
+    return {name.replace(".base_layer.", "."): t for name, t in tensors.items() if ".lora_" not in name}
 
 
 def whole(parameter: Tensor) -> tuple[Tensor, Box]:
@@ -94,27 +98,86 @@ def read_weights(
     read. `expected` are names and shapes of the whole model, where this is a part of it. Raises one UserError that
     lists every missing, unexpected and misshapen tensor; nothing is copied then.
     """
-    parameters = named_weights(model)
-    expected = expected or {name: parameter.shape for name, parameter in parameters.items()}
-    stored = {name: file for name, file in locate_tensors(folder).items() if not name.endswith("rotary_emb.inv_freq")}
+    weights = named_weights(model)
+    expected = expected or {name: tensor.shape for name, tensor in weights.items()}
+    stored = {name: file for name, file in locate_tensors(folder).items() if not _is_ignored(name, model)}
     copies = {name: target for name, target in model.aliases.items() if name in stored}
-    _check_names(folder, expected.keys(), stored.keys() - copies.keys())
-    _check_shapes(folder, expected, stored, copies)
-    parts = {name: part_of(parameter) for name, parameter in parameters.items()}
-    boxes = {name: box for name, (_, box) in parts.items()}
-    with torch.no_grad():
-        for name, tensor in _read_tensors({name: stored[name] for name in parameters}, boxes):
-            parts[name][0].copy_(tensor)
+    model.is_stored_whole = any(name in stored for name in model.stacks)
+    shapes = {
+        source: shape for name, full in expected.items() for source, shape in _sources_of(model, name, full).items()
+    }
+    check_tensors(folder, shapes, stored, copies, remedy="set model.implementation to transformers")
+    parts = {name: part_of(tensor) for name, tensor in weights.items()}
+    pieces = [piece for name, part in parts.items() for piece in _pieces_of(model, name, expected[name], *part)]
+    _copy_pieces(pieces, stored)
     for name, target in copies.items():
-        if target in parameters:
-            _check_copy(folder, stored, name, target, boxes[target])
+        if target in parts:
+            _check_copy(folder, stored, name, target, parts[target][1])
 
 
-def locate_tensors(folder: Path) -> dict[str, Path]:
+def _is_ignored(name: str, model: CausalLM) -> bool:
+    return name.endswith("rotary_emb.inv_freq") or name.startswith(model.unread)
+
+
+class Piece(NamedTuple):
+    """A box of a stored tensor, and the memory it goes to."""
+
+    source: str
+    box: Box
+    target: Tensor
+
+
+def _pieces_of(model: CausalLM, name: str, shape: torch.Size, local: Tensor, box: Box) -> Iterator[Piece]:
+    """What to read for the `box` of a tensor of `shape` that `local` holds."""
+    stack = model.stacks.get(name)
+    if stack is None or (model.is_stored_whole and len(stack.pieces) == 1):
+        yield Piece(name, box, local)
+        return
+    experts, kinds, *rest = box if len(stack.pieces) > 1 else (box[0], slice(0, 1), *box[1:])
+    local = local if len(stack.pieces) > 1 else local.unsqueeze(1)
+    for kind in range(kinds.start, kinds.stop):
+        by_expert = local[:, kind - kinds.start]
+        if model.is_stored_whole:
+            merged = slice(kind * shape[2] + rest[0].start, kind * shape[2] + rest[0].stop)
+            yield Piece(name, (experts, merged, *rest[1:]), by_expert)
+            continue
+        for expert in range(experts.start, experts.stop):
+            yield Piece(stack.pieces[kind].format(expert), tuple(rest), by_expert[expert - experts.start])
+
+
+def _sources_of(model: CausalLM, name: str, shape: torch.Size) -> dict[str, torch.Size]:
+    """The stored tensors a parameter of `shape` is made of."""
+    stack = model.stacks.get(name)
+    if stack is None:
+        return {name: shape}
+    inner = 1 + (len(stack.pieces) > 1)
+    if model.is_stored_whole:
+        return {name: torch.Size((shape[0], prod(shape[1 : inner + 1]), *shape[inner + 1 :]))}
+    return {piece.format(expert): shape[inner:] for expert in range(shape[0]) for piece in stack.pieces}
+
+
+def as_stored(model: CausalLM, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors by their names in the model as a checkpoint holds them: experts apart, or as the one read had them.
+
+    What comes apart shares its memory.
+    """
+    for name, tensor in tensors:
+        stack = model.stacks.get(name)
+        if stack is None:
+            yield name, tensor
+        elif model.is_stored_whole:
+            yield name, tensor.flatten(1, 2) if len(stack.pieces) > 1 else tensor
+        else:
+            for expert, one in enumerate(tensor):
+                for piece, part in zip(stack.pieces, one if len(stack.pieces) > 1 else one[None], strict=True):
+                    yield piece.format(expert), part
+
+
+def locate_tensors(folder: Path, single: str = SINGLE) -> dict[str, Path]:
     """The file of every tensor of the folder, by tensor name. Raises UserError where there are no safetensors."""
-    if (folder / SINGLE).is_file():
-        with _opened(folder / SINGLE) as file:
-            return dict.fromkeys(file.keys(), folder / SINGLE)
+    if (folder / single).is_file():
+        with _opened(folder / single) as file:
+            return dict.fromkeys(file.keys(), folder / single)
     if (folder / INDEX).is_file():
         weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         lost = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
@@ -126,7 +189,7 @@ def locate_tensors(folder: Path) -> dict[str, Path]:
             f"{folder} holds its weights as .bin files, which can run code when they are read; convert them with "
             "transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
-    raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}; give a folder with weights, or set model.init instead")
+    raise UserError(f"{folder} has neither {single} nor {INDEX}; give a folder with weights, or set model.init instead")
 
 
 @contextmanager
@@ -138,36 +201,60 @@ def _opened(file: Path) -> Iterator[Any]:
         raise UserError(f"{file} is no whole safetensors file ({error}); download or copy it again") from None
 
 
-def _read_tensors(stored: Mapping[str, Path], boxes: Mapping[str, Box]) -> Iterator[tuple[str, Tensor]]:
-    """The box of every tensor in turn, file by file; the memory of a whole one is the file's own map."""
-    for path in dict.fromkeys(stored.values()):
+def _read_pieces(pieces: Sequence[Piece], stored: Mapping[str, Path]) -> Iterator[tuple[Piece, Tensor]]:
+    """Every piece in turn, file by file; the memory of a whole tensor is the file's own map."""
+    by_file: dict[Path, list[Piece]] = {}
+    for piece in pieces:
+        by_file.setdefault(stored[piece.source], []).append(piece)
+    for path, its_pieces in by_file.items():
         with _opened(path) as file:
-            for name in (name for name, its_path in stored.items() if its_path == path):
-                tensor, box = file.get_slice(name), boxes[name]
-                if [side.stop - side.start for side in box] == tensor.get_shape():
-                    yield name, file.get_tensor(name)
-                elif all(side.stop > side.start for side in box):
-                    yield name, tensor[box]
+            for piece in its_pieces:
+                tensor = file.get_slice(piece.source)
+                if [side.stop - side.start for side in piece.box] == tensor.get_shape():
+                    yield piece, file.get_tensor(piece.source)
+                elif all(side.stop > side.start for side in piece.box):
+                    yield piece, tensor[piece.box]
 
 
-def _check_names(folder: Path, wanted: Any, found: Any) -> None:
+@torch.no_grad()
+def _copy_pieces(pieces: Sequence[Piece], stored: Mapping[str, Path]) -> None:
+    for piece, tensor in _read_pieces(pieces, stored):
+        piece.target.copy_(tensor)
+
+
+def read_tensors(
+    stored: Mapping[str, Path], targets: Mapping[str, Tensor], part_of: Callable[[Tensor], tuple[Tensor, Box]] = whole
+) -> None:
+    """Copy stored tensors into `targets`, which have their names; `part_of` is that of `read_weights`."""
+    parts = {name: part_of(target) for name, target in targets.items()}
+    _copy_pieces([Piece(name, box, local) for name, (local, box) in parts.items()], stored)
+
+
+def check_tensors(
+    folder: Path,
+    expected: Mapping[str, torch.Size],
+    stored: Mapping[str, Path],
+    copies: Mapping[str, str] | None = None,
+    config: str = "config.json",
+    remedy: str = "take another folder",
+) -> None:
+    """Raise a UserError that lists every tensor of the folder that is missing, unexpected or of another shape.
+
+    `copies` are the names of tensors stored a second time, and of which. `config` is the file that describes them.
+    """
+    copies = copies or {}
+    found = stored.keys() - copies.keys()
     faults = [
         f"{label} {_listed(sorted(names))}"
-        for label, names in (("missing:", wanted - found), ("unexpected:", found - wanted))
+        for label, names in (("missing:", expected.keys() - found), ("unexpected:", found - expected.keys()))
         if names
     ]
     if faults:
         raise UserError(
-            f"{folder} does not hold the weights that its config.json describes; {'; '.join(faults)}. "
-            "Correct config.json, or set model.implementation to transformers"
+            f"{folder} does not hold the weights that its {config} describes; {'; '.join(faults)}. "
+            f"Correct {config}, or {remedy}"
         )
-
-
-def _check_shapes(
-    folder: Path, expected: Mapping[str, torch.Size], stored: Mapping[str, Path], copies: Mapping[str, str]
-) -> None:
     wanted = {name: list(expected[copies.get(name, name)]) for name in stored}
-    faults = []
     for path in dict.fromkeys(stored.values()):
         with _opened(path) as file:
             for name in (name for name, its_path in stored.items() if its_path == path):
@@ -175,13 +262,14 @@ def _check_shapes(
                 if shape != wanted[name]:
                     faults.append(f"{name} is {shape}, not {wanted[name]}")
     if faults:
-        raise UserError(f"{folder} does not fit its config.json: {_listed(faults)}; correct config.json")
+        raise UserError(f"{folder} does not fit its {config}: {_listed(faults)}; correct {config}")
 
 
 def _check_copy(folder: Path, stored: Mapping[str, Path], name: str, target: str, box: Box) -> None:
     """A tied weight may be stored twice, but not with two values: one of them would be lost."""
-    tensors = dict(_read_tensors({name: stored[name], target: stored[target]}, {name: box, target: box}))
-    if tensors and not torch.equal(tensors[name], tensors[target]):
+    both = [Piece(source, box, torch.empty(0)) for source in (name, target)]
+    tensors = [tensor for _, tensor in _read_pieces(both, stored)]
+    if tensors and not torch.equal(*tensors):
         raise UserError(
             f"{folder}: config.json ties {name} to {target}, but the two are stored with different values; "
             "set tie_word_embeddings to false in config.json to keep both"
@@ -198,9 +286,10 @@ def written_beside(folder: Path) -> Iterator[Path]:
     """A new folder to write to, which takes the place of `folder` when the block ends without an exception.
 
     A reader sees the old folder, none for the moment of the change, or the whole new one. An existing folder is
-    replaced only if it is empty or holds a config.json; anything else raises UserError.
+    replaced only if it is empty or holds a config.json or adapter_config.json; anything else raises UserError.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+    is_model = any((folder / f"{kind}config.json").is_file() for kind in ("", "adapter_"))
+    if folder.exists() and any(folder.iterdir()) and not is_model:
         raise UserError(f"{folder} exists and is no model folder; it would be replaced, so name another or empty it")
     partial, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
     if old.exists() and not folder.exists():
@@ -230,8 +319,8 @@ def write_model(
 ) -> None:
     """Write config.json and the weights into an existing folder, floating tensors as `dtype`.
 
-    `tensors` has Hugging Face's names, tied ones once, as `named_parameters` gives them. They are taken one by one, and
-    a shard is written as soon as the next would make it larger than the limit, so that memory holds one shard.
+    `tensors` has Hugging Face's names, tied ones once, as `as_stored` gives them. They are taken one by one, and a
+    shard is written as soon as the next would make it larger than the limit, so that memory holds one shard.
     """
     name_of_dtype = str(dtype).removeprefix("torch.")
     exported = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": name_of_dtype}
@@ -247,7 +336,7 @@ def write_model(
         shard.clear()
 
     for name, tensor in items:
-        exported_tensor = _exported(tensor, dtype)
+        exported_tensor = _exported(name, tensor, dtype)
         if shard and filled + exported_tensor.nbytes > max_shard_bytes:
             write_shard()
             filled = 0
@@ -264,8 +353,15 @@ def write_model(
         _write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
-def _exported(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+def written_as(name: str, held: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """The type in which a tensor of type `held` is written where the others are written as `dtype`."""
+    return dtype if held.is_floating_point and not name.endswith(EXACT) else held
+
+
+def _exported(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    exported = tensor.detach().to("cpu", written_as(name, tensor.dtype, dtype)).contiguous()
+    # safetensors refuses tensors that share memory, which the experts of a stack do.
+    return exported if exported.untyped_storage().nbytes() == exported.nbytes else exported.clone()
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:

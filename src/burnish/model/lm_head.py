@@ -1,14 +1,14 @@
 """Linear layer and softmax cross-entropy in one sweep over the vocabulary, without the logits ever existing as a whole.
 
 Gives what losses and metrics read of each trained token. It knows no loss, weights no token and moves nothing between
-devices or ranks.
-Shape suffixes: K trained tokens, D hidden size, V vocabulary, B one block of the vocabulary.
+devices or ranks; a head may hold a part of the vocabulary, if it is told how to see what the other parts found.
+Shape suffixes: K trained tokens, D hidden size, V vocabulary (or the part at hand), B one block of it, P parts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,15 @@ class Head:
         return Head(self.weight_VD[block], bias_B, self.scale, self.softcap)
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A head holds the rows from `first` on of `num_vocabulary`; `gather` stacks a tensor with those of all parts."""
+
+    first: int
+    num_vocabulary: int
+    gather: Callable[[Tensor], Tensor]
+
+
 def logits(hidden_KD: Tensor, head: Head) -> Tensor:
     """All logits [K, V] in float32 (float64 where the inputs are): for a handful of tokens, never for training."""
     logits_KV = functional.linear(hidden_KD, head.weight_VD, head.bias_V)
@@ -52,8 +61,13 @@ def logits(hidden_KD: Tensor, head: Head) -> Tensor:
     return logits_KV
 
 
-def score(hidden_KD: Tensor, head: Head, targets_K: Tensor, block: int | None = None) -> TokenScores:
+def score(
+    hidden_KD: Tensor, head: Head, targets_K: Tensor, block: int | None = None, part: Part | None = None
+) -> TokenScores:
     """Score the targets against the hidden states that predict them; `block` is a width in tokens of the vocabulary.
+
+    Where the head is a `part`, the scores are those of the whole vocabulary, and the gradient of the hidden states is
+    the part's share of a sum over all of them.
 
     With logits z and S = sum_v exp(z_v) of one token, p = exp(z) / S:
         logprob = z_target - log S      logsumexp = log S      mean_logprob = mean_v z_v - log S
@@ -72,7 +86,7 @@ def score(hidden_KD: Tensor, head: Head, targets_K: Tensor, block: int | None = 
     """
     block = block or _block_width(hidden_KD)
     return TokenScores(
-        *_Score.apply(hidden_KD, head.weight_VD, head.bias_V, head.scale, head.softcap, targets_K, block)
+        *_Score.apply(hidden_KD, head.weight_VD, head.bias_V, head.scale, head.softcap, targets_K, block, part)
     )
 
 
@@ -87,8 +101,11 @@ class _Score(torch.autograd.Function):
         softcap: float | None,
         targets_K: Tensor,
         block: int,
+        part: Part | None,
     ) -> tuple[Tensor, ...]:
         head = Head(weight_VD, bias_V, scale, softcap)
+        num_vocabulary = len(weight_VD) if part is None else part.num_vocabulary
+        targets_K = targets_K if part is None else targets_K - part.first
         target_logits_K = hidden_KD.new_zeros(len(hidden_KD), dtype=_wide(hidden_KD))
         running_4K = hidden_KD.new_zeros(4, len(hidden_KD), dtype=_wide(hidden_KD))
         running_4K[0] = -math.inf
@@ -98,15 +115,17 @@ class _Score(torch.autograd.Function):
             target_logits_K += torch.where(inside_K, logits_KB.gather(1, index_K[:, None])[:, 0], 0.0)
             running_4K = _absorb(running_4K, logits_KB)
             del logits_KB
+        if part is not None:
+            running_4K, target_logits_K = _merge(part.gather(torch.stack((*running_4K, target_logits_K))))
         max_K, sum_exp_K, sum_z_exp_K, sum_z_K = running_4K
         logsumexp_K = sum_exp_K.log() + max_K
 
         ctx.save_for_backward(hidden_KD, weight_VD, bias_V, targets_K, logsumexp_K)
-        ctx.scale, ctx.softcap, ctx.block = scale, softcap, block
+        ctx.scale, ctx.softcap, ctx.block, ctx.num_vocabulary = scale, softcap, block, num_vocabulary
         ctx.set_materialize_grads(False)
         entropy_K, is_top1_K = logsumexp_K - sum_z_exp_K / sum_exp_K, target_logits_K >= max_K
         ctx.mark_non_differentiable(entropy_K, is_top1_K)
-        mean_logprobs_K = sum_z_K / len(weight_VD) - logsumexp_K
+        mean_logprobs_K = sum_z_K / num_vocabulary - logsumexp_K
         return target_logits_K - logsumexp_K, logsumexp_K, mean_logprobs_K, entropy_K, is_top1_K
 
     @staticmethod
@@ -121,9 +140,9 @@ class _Score(torch.autograd.Function):
         grad_weight_VD = torch.empty_like(weight_VD) if needs_weight else None
         grad_bias_V = torch.empty_like(bias_V) if needs_bias else None
         for columns in _blocks(head, ctx.block):
-            part = head.rows(columns)
+            rows = head.rows(columns)
             grad_KB = _grad_of_block(
-                hidden_KD, part, _targets_in(columns, targets_K), logsumexp_K, grads_K, len(weight_VD)
+                hidden_KD, rows, _targets_in(columns, targets_K), logsumexp_K, grads_K, ctx.num_vocabulary
             )
             if grad_bias_V is not None:
                 grad_bias_V[columns] = grad_KB.sum(0)
@@ -131,10 +150,10 @@ class _Score(torch.autograd.Function):
             if grad_weight_VD is not None:
                 torch.mm(grad_KB.T, hidden_KD, out=grad_weight_VD[columns])
             if grad_hidden_KD is not None:
-                grad_hidden_KD += grad_KB @ part.weight_VD
+                grad_hidden_KD += grad_KB @ rows.weight_VD
             del grad_KB
         grad_hidden_KD = None if grad_hidden_KD is None else grad_hidden_KD.to(hidden_KD.dtype)
-        return grad_hidden_KD, grad_weight_VD, grad_bias_V, None, None, None, None
+        return grad_hidden_KD, grad_weight_VD, grad_bias_V, None, None, None, None, None
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -171,9 +190,18 @@ def _absorb(running_4K: Tensor, logits_KB: Tensor) -> Tensor:
     return torch.stack((new_max_K, sum_exp_K, sum_z_exp_K, sum_z_K + logits_KB.sum(1)))
 
 
+def _merge(parts_P5K: Tensor) -> tuple[Tensor, Tensor]:
+    """What `_absorb` keeps [4, K], of all parts together, and the targets' logits [K], which are 0 in all but one."""
+    max_PK, sum_exp_PK, sum_z_exp_PK, sum_z_PK, target_logits_PK = parts_P5K.unbind(1)
+    max_K = max_PK.amax(0)
+    shrink_PK = (max_PK - max_K).exp()
+    sums_3K = torch.stack(((sum_exp_PK * shrink_PK).sum(0), (sum_z_exp_PK * shrink_PK).sum(0), sum_z_PK.sum(0)))
+    return torch.cat((max_K[None], sums_3K)), target_logits_PK.sum(0)
+
+
 def _grad_of_block(
     hidden_KD: Tensor,
-    part: Head,
+    head: Head,
     targets: tuple[Tensor, Tensor],
     logsumexp_K: Tensor,
     grads_K: Sequence[Tensor | None],
@@ -182,9 +210,9 @@ def _grad_of_block(
     """Gradient [K, B] of h W^T + b for one block, given those of log p(target), log S and mean log p (None is 0)."""
     zeros_K = torch.zeros_like(logsumexp_K)
     # The scale multiplies every term, so it is applied here, to K numbers and not to K x B.
-    target_K, sum_K, mean_K = (zeros_K if grad_K is None else grad_K * part.scale for grad_K in grads_K[:3])
-    grad_KB = logits(hidden_KD, part)
-    slope_KB = None if part.softcap is None else 1.0 - (grad_KB / part.softcap).square_()
+    target_K, sum_K, mean_K = (zeros_K if grad_K is None else grad_K * head.scale for grad_K in grads_K[:3])
+    grad_KB = logits(hidden_KD, head)
+    slope_KB = None if head.softcap is None else 1.0 - (grad_KB / head.softcap).square_()
     grad_KB.sub_(logsumexp_K[:, None]).exp_().mul_((sum_K - target_K - mean_K)[:, None])
     if grads_K[2] is not None:
         grad_KB += mean_K[:, None] / num_vocabulary

@@ -16,9 +16,11 @@ import torch
 
 from burnish.config import ModelConfig
 from burnish.model.attention import Kernel, attend_sdpa, choose_attention
-from burnish.model.base import CausalLM, UnsupportedModel
+from burnish.model.base import CausalLM, UnsupportedModel, saved_buffers
 from burnish.model.dense import LLAMA, QWEN2, QWEN3, DenseLM
 from burnish.model.hf_io import find_folder, locate_tensors, read_config, read_weights
+from burnish.model.mla import DEEPSEEK_V3, GLM4_MOE_LITE, LatentMoE
+from burnish.model.moe import Qwen3MoE, set_compute
 from burnish.types import UserError
 
 if TYPE_CHECKING:
@@ -30,8 +32,18 @@ ARCHITECTURES: Mapping[str, Callable[[dict[str, Any], Kernel], CausalLM]] = {
     "LlamaForCausalLM": partial(DenseLM, family=LLAMA),
     "Qwen2ForCausalLM": partial(DenseLM, family=QWEN2),
     "Qwen3ForCausalLM": partial(DenseLM, family=QWEN3),
+    "Qwen3MoeForCausalLM": Qwen3MoE,
+    "Glm4MoeLiteForCausalLM": partial(LatentMoE, family=GLM4_MOE_LITE),
+    "DeepseekV3ForCausalLM": partial(LatentMoE, family=DEEPSEEK_V3),
 }
-MODEL_TYPES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +92,7 @@ def load_model(
         loaded = _load_by_transformers(model, config, folder, device, dtype, compute_dtype, seed)
         return Loaded(loaded, implementation, reason, loaded.attention, folder)
     attention = choose_attention(model.attention, device, compute_dtype)
-    native = build(config, attention.kernel, dtype=dtype, device=device)
+    native = build(config, attention.kernel, dtype=dtype, device=device, compute=compute_dtype)
     if model.init:
         initialise(native, seed)
     else:
@@ -104,6 +116,7 @@ def adopt_model(
     config = complete(inner.config.to_dict())
     folder = Path(inner.name_or_path or ".")
     implementation, reason = choose_implementation(model.implementation, config)
+    exact = {name: buffer.detach().to(device, copy=True) for name, buffer in saved_buffers(inner).items()}
     torch.nn.Module.to(inner, device=device, dtype=dtype)
     if implementation == "transformers":
         from burnish.model.hf_model import wrap_hf_model
@@ -111,9 +124,12 @@ def adopt_model(
         wrapped = wrap_hf_model(inner, device=device, compute_dtype=compute_dtype, attention=model.attention)
         return Loaded(wrapped, implementation, reason, wrapped.attention, folder)
     attention = choose_attention(model.attention, device, compute_dtype)
-    native = build(config, attention.kernel, dtype=dtype, device="meta")
+    native = build(config, attention.kernel, dtype=dtype, device="meta", compute=compute_dtype)
     weights = dict(inner.named_parameters())
-    native.load_state_dict({name: weights[name] for name, _ in native.named_parameters()}, strict=False, assign=True)
+    shared = {name: weights[name].detach().view(p.shape) for name, p in native.named_parameters()}
+    corrections = {name: exact[name] for name in saved_buffers(native)}
+    native.load_state_dict(shared | corrections, strict=False, assign=True)
+    inner.load_state_dict(corrections, strict=False, assign=True)
     return Loaded(native, implementation, reason, attention.name, folder)
 
 
@@ -185,17 +201,28 @@ def _native_obstacle(config: dict[str, Any]) -> str | None:
     return None
 
 
-def build(config: dict[str, Any], kernel: Kernel, *, dtype: torch.dtype, device: torch.device | str) -> CausalLM:
-    """Our module for a config.json, its parameters uninitialised.
+def build(
+    config: dict[str, Any],
+    kernel: Kernel,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    compute: torch.dtype | None = None,
+) -> CausalLM:
+    """Our module for a config.json, its parameters uninitialised and of type `dtype`.
 
-    Raises UnsupportedModel for an architecture or feature that is not ours.
+    `compute` is the type of the activations, by which experts choose their kernel; None is `dtype`. Raises
+    UnsupportedModel for an architecture or feature that is not ours.
     """
     architecture = architecture_of(config)
     if architecture not in ARCHITECTURES:
         raise UnsupportedModel(f"{architecture} is none of the native {', '.join(ARCHITECTURES)}")
     with torch.device("meta"):
         model = ARCHITECTURES[architecture](config, kernel)
-    return model.to(dtype).to_empty(device=device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # buffers keep their own type
+    set_compute(model, compute or dtype)
+    return model.to_empty(device=device)
 
 
 @torch.no_grad()
@@ -213,6 +240,8 @@ def initialise(model: CausalLM, seed: int) -> None:
             parameter.fill_(1.0)
         else:
             parameter.copy_(torch.normal(0.0, deviation, tuple(parameter.shape), generator=_generator(seed, name)))
+    for buffer in saved_buffers(model).values():
+        buffer.zero_()
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -12,7 +12,7 @@ from collections.abc import Set
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
     ChunkStorageMetadata,
@@ -27,13 +27,6 @@ Value = TypeVar("Value")
 
 CLASSES = "torch.distributed.checkpoint.metadata"
 FILES = "torch.distributed.checkpoint.filesystem"
-
-
-class AnonymousWriter(FileSystemWriter):
-    """Leaves out of `.metadata` where the checkpoint was written: a path has no business in a folder that moves."""
-
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta()
 
 
 class InertReader(FileSystemReader):

@@ -10,17 +10,30 @@ import difflib
 import fnmatch
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_
 
 from burnish.config import OptimConfig
-from burnish.train.states import FloatStore, Int8Store, Store, random_bits, stream_key, take_noise
+from burnish.train.states import (
+    Coded,
+    FloatStore,
+    Int8Store,
+    Store,
+    like,
+    local_part,
+    place,
+    random_bits,
+    stream_key,
+    take_noise,
+)
 from burnish.types import UserError
 
 States = Literal["fp32", "bf16", "int8", "fp64"]
@@ -101,8 +114,11 @@ class Optimizer(ABC):
         """Drop all gradients."""
 
     @abstractmethod
-    def state_tensors(self) -> dict[str, Tensor]:
-        """All state by name ("step", "exp_avg.<parameter>"), as live tensors: read to save, fill to resume."""
+    def state_tensors(self) -> dict[str, Tensor | Coded]:
+        """All state by name ("step.<parameter>", "exp_avg.<parameter>"), live: read to save, fill to resume.
+
+        Moments are laid out as their parameters, whatever the layout; counters are 0-dim.
+        """
 
 
 def build_optimizer(
@@ -110,6 +126,7 @@ def build_optimizer(
 ) -> Optimizer:
     """The optimizer of all parameters that require a gradient, on one device.
 
+    Of a DTensor this rank's part is updated from the part of its gradient, which must be laid out as it is.
     Bytes a parameter beside its weight and gradient, for AdamW with `states`: fp64 16, fp32 8, bf16 4, int8 2.03 (fp32
     for tensors below 4,096 values); SGD none. Fused kernels of torch run where states and weights are one type, fp32 or
     fp64; anything else is computed in fp32 a stretch at a time and rounded stochastically from `seed`. That holds for
@@ -154,15 +171,17 @@ class FusedSgd(Optimizer):
     """torch's fused SGD without momentum: w -= lr * (g + weight_decay * w). It has no state."""
 
     def __init__(self, parameters: Mapping[str, Parameter], decays: Mapping[str, float], config: OptimConfig):
-        self._inner = torch.optim.SGD(_groups(parameters, decays), lr=config.lr, fused=True)
+        self._parts = _Parts(parameters)
+        self._inner = torch.optim.SGD(_groups(self._parts.local, decays), lr=config.lr, fused=True)
 
     def step(self, lr: float, finite: Tensor) -> None:
-        _gated_step(self._inner, lr, finite)
+        with self._parts.gradients():
+            _gated_step(self._inner, lr, finite)
 
     def zero_grad(self) -> None:
-        self._inner.zero_grad()
+        self._parts.zero_grad()
 
-    def state_tensors(self) -> dict[str, Tensor]:
+    def state_tensors(self) -> dict[str, Tensor | Coded]:
         return {}
 
 
@@ -170,26 +189,56 @@ class FusedAdamW(Optimizer):
     """torch's fused AdamW with moments of the weights' own type."""
 
     def __init__(self, parameters: Mapping[str, Parameter], decays: Mapping[str, float], config: OptimConfig):
+        self._parts = _Parts(parameters)
         self._inner = torch.optim.AdamW(
-            _groups(parameters, decays), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+            _groups(self._parts.local, decays), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
         )
-        first = next(iter(parameters.values()))
-        # torch counts steps by parameter; as views of one tensor they are one entry of a checkpoint, not hundreds.
-        steps_P = torch.zeros(len(parameters), device=first.device)
-        self._state = {"step": steps_P}
-        for (name, parameter), step in zip(parameters.items(), steps_P.unbind(), strict=True):
-            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            self._inner.state[parameter] = {"step": step, **moments}
-            self._state |= {f"{key}.{name}": moment for key, moment in moments.items()}
+        self._state: dict[str, Tensor | Coded] = {}
+        for name, local in self._parts.local.items():
+            step = torch.zeros((), device=local.device)
+            moments = {key: torch.zeros_like(local) for key in ("exp_avg", "exp_avg_sq")}
+            self._inner.state[local] = {"step": step, **moments}
+            self._state[f"step.{name}"] = step
+            self._state |= {f"{key}.{name}": like(parameters[name], moment) for key, moment in moments.items()}
 
     def step(self, lr: float, finite: Tensor) -> None:
-        _gated_step(self._inner, lr, finite)
+        with self._parts.gradients():
+            _gated_step(self._inner, lr, finite)
 
     def zero_grad(self) -> None:
-        self._inner.zero_grad()
+        self._parts.zero_grad()
 
-    def state_tensors(self) -> dict[str, Tensor]:
+    def state_tensors(self) -> dict[str, Tensor | Coded]:
         return dict(self._state)
+
+
+class _Parts:
+    """This rank's parts of `parameters` as parameters of their own, for an optimizer of torch: `local`, by name."""
+
+    def __init__(self, parameters: Mapping[str, Parameter]):
+        self._whole = parameters
+        self.local = {name: Parameter(local_part(parameter)) for name, parameter in parameters.items()}
+
+    @contextmanager
+    def gradients(self) -> Iterator[None]:
+        """Within, the parts have their parts of the gradients."""
+        for name, parameter in self._whole.items():
+            self.local[name].grad = _local_gradient(parameter)
+        yield
+        for local in self.local.values():
+            local.grad = None
+
+    def zero_grad(self) -> None:
+        for parameter in self._whole.values():
+            parameter.grad = None
+
+
+def _local_gradient(parameter: Parameter) -> Tensor | None:
+    gradient = parameter.grad
+    if isinstance(gradient, DTensor):
+        assert isinstance(parameter, DTensor), "a gradient has a layout, and its parameter none"
+        assert gradient.placements == parameter.placements, (gradient.placements, parameter.placements)
+    return None if gradient is None else local_part(gradient)
 
 
 def _groups(parameters: Mapping[str, Parameter], decays: Mapping[str, float]) -> list[dict[str, object]]:
@@ -210,7 +259,7 @@ def _gated_step(optimizer: torch.optim.Optimizer, lr: float, finite: Tensor) -> 
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """A parameter, its step counter and the stores that an update reads and writes."""
+    """A parameter, its step counter and the stores of this rank's part, which an update reads and writes."""
 
     parameter: Parameter
     step: Tensor  # 0-dim fp32
@@ -223,8 +272,9 @@ class _Slot:
 class NarrowOptimizer(Optimizer):
     """Updates a stretch of one tensor at a time in fp32 (fp64 for fp64 weights) and rounds into the stores.
 
-    The noise of rounding is drawn from (seed, parameter, steps taken, position), all known on the device: a refused
-    step leaves no trace in it and a resumed run repeats it.
+    The noise of rounding is drawn from (seed, parameter, where this rank's part begins, steps taken, position in it),
+    all known on the device: a refused step leaves no trace in it, a resumed run repeats it, and ranks that hold the
+    same part draw the same.
     """
 
     def __init__(
@@ -234,39 +284,39 @@ class NarrowOptimizer(Optimizer):
         moments: Mapping[str, Mapping[str, Store]],
         seed: int,
     ):
-        first = next(iter(parameters.values()))
-        self._steps_P = torch.zeros(len(parameters), device=first.device)
         self._slots = {
             name: _Slot(
                 parameter,
-                step,
+                torch.zeros((), device=parameter.device),
                 decays[name],
-                stream_key(seed, name),
-                FloatStore(parameter.detach()),
+                stream_key(seed, name, *place(parameter)),
+                FloatStore(local_part(parameter)),
                 moments[name],
             )
-            for (name, parameter), step in zip(parameters.items(), self._steps_P.unbind(), strict=True)
+            for name, parameter in parameters.items()
         }
 
     @torch.no_grad()
     def step(self, lr: float, finite: Tensor) -> None:
         finite = finite.bool()
         for slot in self._slots.values():
-            if slot.parameter.grad is None:
+            gradient = _local_gradient(slot.parameter)
+            if gradient is None:
                 continue
-            self._update(slot, slot.parameter.grad.view(-1), lr, finite)
+            self._update(slot, gradient.view(-1), lr, finite)
             slot.step.add_(finite)
 
     def zero_grad(self) -> None:
         for slot in self._slots.values():
             slot.parameter.grad = None
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        return {"step": self._steps_P} | {
-            f"{key}.{name}{suffix}": tensor
+    def state_tensors(self) -> dict[str, Tensor | Coded]:
+        steps: dict[str, Tensor | Coded] = {f"step.{name}": slot.step for name, slot in self._slots.items()}
+        return steps | {
+            f"{key}.{name}{suffix}": value
             for name, slot in self._slots.items()
             for key, store in slot.moments.items()
-            for suffix, tensor in store.tensors().items()
+            for suffix, value in store.saved(slot.parameter).items()
         }
 
     def _update(self, slot: _Slot, gradient_N: Tensor, lr: float, finite: Tensor) -> None:
@@ -333,6 +383,8 @@ class NarrowAdamW(NarrowOptimizer):
 
 
 def _zeros(parameter: Parameter, states: States, signed: bool) -> Store:
+    local = local_part(parameter)
+    # By the size of the whole, so that no layout changes what a checkpoint holds.
     if states == "int8" and parameter.numel() >= SMALLEST_INT8:
-        return Int8Store.zeros(parameter.numel(), signed, parameter.device)
-    return FloatStore(torch.zeros_like(parameter, dtype=DTYPES.get(states, torch.float32)))
+        return Int8Store.zeros(local.numel(), signed, local.device)
+    return FloatStore(torch.zeros_like(local, dtype=DTYPES.get(states, torch.float32)))

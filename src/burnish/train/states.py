@@ -2,7 +2,7 @@
 
 A store reads and writes a flat stretch of one tensor. Rounding is stochastic, so that small changes are kept on
 average, and its noise is a function of (key, position): the same bits on every device and however a tensor is cut.
-Holds no optimizer mathematics.
+Holds no optimizer mathematics. Of a sharded tensor a store holds this rank's part; a checkpoint sees the whole.
 """
 
 from __future__ import annotations
@@ -14,9 +14,42 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 BLOCK = 256
 """Values that share one scale in int8."""
+
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+"""Of a block that is not zero: below, fp32 has no room to tell its levels apart."""
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of `tensor`, sharing its memory: all of it where it is no DTensor."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def like(parameter: Tensor, local: Tensor) -> Tensor:
+    """`local` as this rank's part of a tensor laid out as `parameter` is, sharing its memory; any type and device.
+
+    `local` has as many values as this rank's part of `parameter`. Where that is no DTensor, so is the result.
+    """
+    local = local.view(local_part(parameter).shape)
+    if not isinstance(parameter, DTensor):
+        return local
+    meta = TensorMeta(parameter.shape, parameter.stride(), local.dtype)
+    spec = DTensorSpec(parameter.device_mesh, parameter.placements, tensor_meta=meta)
+    # Not DTensor.from_local, which would move a part that lies on the host to the mesh's devices.
+    return DTensor(local, spec, requires_grad=False)  # pyright: ignore[reportCallIssue]
+
+
+def place(parameter: Tensor) -> tuple[int, ...]:
+    """Where this rank's part of `parameter` begins, by dimension; () for one that begins where the whole does."""
+    if not isinstance(parameter, DTensor):
+        return ()
+    _, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return offsets if any(offsets) else ()
 
 
 def stream_key(*parts: object) -> int:
@@ -62,8 +95,8 @@ class Store(Protocol):
         """Keep `values` where the 0-dim bool `finite` says so, and the old ones to the bit where it does not."""
         ...
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold, by suffix."""
+    def saved(self, parameter: Tensor) -> dict[str, Tensor | Coded]:
+        """What a checkpoint must hold, by suffix, laid out as `parameter`, this rank's part of which is stored."""
         ...
 
 
@@ -81,8 +114,8 @@ class FloatStore:
         narrow = round_to_bf16(values, noise) if kept.dtype is torch.bfloat16 else values.to(kept.dtype)
         kept.copy_(torch.where(finite, narrow, kept))
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"": self.tensor}
+    def saved(self, parameter: Tensor) -> dict[str, Tensor | Coded]:
+        return {"": like(parameter, self.tensor)}
 
 
 @functools.cache
@@ -108,7 +141,7 @@ class Int8Store:
     """A code of 8 bits a value and an fp32 scale, the largest magnitude, for each block of 256: 1.016 bytes a value.
 
     Values without a sign are kept by their square root, which gives the second moment of AdamW the range of gradients:
-    a code of seven decades then spans fourteen of it.
+    a code of seven decades then spans fourteen of it. A block whose scale is no normal fp32 number becomes zero.
     """
 
     codes_BK: Tensor  # uint8 [num_blocks, BLOCK]
@@ -122,16 +155,29 @@ class Int8Store:
         return cls(codes_BK, torch.zeros(num_blocks, device=device), signed)
 
     def read(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
+        values = self.decode(start, end).to(dtype)
+        return values if self.signed else values.square_()
+
+    def decode(self, start: int, end: int) -> Tensor:
+        """The fp32 numbers that codes and scales stand for, [end - start]: square roots where there is no sign."""
         blocks = slice(start // BLOCK, -(-end // BLOCK))
         codes_BK, levels = self.codes_BK[blocks], dynamic_code(self.signed, self.codes_BK.device)
         values_BK = levels.index_select(0, codes_BK.view(-1).int()).view_as(codes_BK).mul_(self.scales_B[blocks, None])
-        values = values_BK.view(-1)[: end - start].to(dtype)
-        return values if self.signed else values.square_()
+        return values_BK.view(-1)[: end - start]
+
+    def encode(self, start: int, values: Tensor) -> None:
+        """Keep `values` as the nearest codes. What `decode` returned from the same `start` comes back to the bit:
+
+        the largest of a block is its scale, and levels lie further apart than fp32 rounds.
+        """
+        shares_BK, scales_B = _shares(_in_blocks(values))
+        levels = dynamic_code(self.signed, values.device)
+        codes_BK = torch.bucketize(shares_BK, (levels[1:] + levels[:-1]) / 2, out_int32=True)
+        blocks = slice(start // BLOCK, start // BLOCK + len(codes_BK))
+        self.codes_BK[blocks], self.scales_B[blocks] = codes_BK.to(torch.uint8), scales_B
 
     def write(self, start: int, values: Tensor, noise: Tensor, finite: Tensor) -> None:
-        values_BK = _in_blocks(values.float() if self.signed else values.sqrt().float())
-        scales_B = values_BK.abs().amax(1)
-        values_BK = values_BK / scales_B.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        values_BK, scales_B = _shares(_in_blocks(values.float() if self.signed else values.sqrt().float()))
         levels = dynamic_code(self.signed, values.device)
         below_BK = torch.bucketize(values_BK, levels[1:-1], out_int32=True, right=True)
         lower_BK = levels.index_select(0, below_BK.view(-1)).view_as(values_BK)
@@ -142,8 +188,37 @@ class Int8Store:
         self.codes_BK[blocks] = torch.where(finite, codes_BK.to(torch.uint8), self.codes_BK[blocks])
         self.scales_B[blocks] = torch.where(finite, scales_B, self.scales_B[blocks])
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {".codes": self.codes_BK, ".scales": self.scales_B}
+    def saved(self, parameter: Tensor) -> dict[str, Tensor | Coded]:
+        return {"" if self.signed else ".root": Coded(self, parameter)}
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """A moment of `parameter` that lies in codes; a checkpoint holds what they stand for, which any layout can read."""
+
+    store: Int8Store
+    parameter: Tensor
+
+    def values(self) -> Tensor:
+        """What the codes stand for, in fp32 and laid out as the parameter; a copy."""
+        return like(self.parameter, self.store.decode(0, local_part(self.parameter).numel()))
+
+    def empty(self) -> Tensor:
+        """Memory on the host for `take`, which lies beside the optimizer for as long as a checkpoint is loaded."""
+        return like(self.parameter, torch.empty(local_part(self.parameter).shape))
+
+    def take(self, values: Tensor) -> None:
+        """Keep `values`, laid out as the parameter: exactly where `values()` returned them under the same layout."""
+        flat, stretch = local_part(values).view(-1), 2**14 * BLOCK
+        for start in range(0, len(flat), stretch):
+            self.store.encode(start, flat[start : start + stretch].to(self.store.codes_BK.device))
+
+
+def _shares(values_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """Values as shares of their block's scale, and the scales."""
+    scales_B = values_BK.abs().amax(1)
+    is_small_B = scales_B < SMALLEST_SCALE
+    return values_BK / scales_B.masked_fill(is_small_B, torch.inf)[:, None], scales_B.masked_fill(is_small_B, 0)
 
 
 def _in_blocks(values: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from burnish.train.states import (
+    Coded,
     FloatStore,
     Int8Store,
     Store,
@@ -101,6 +102,12 @@ def test_int8_keeps_zero_and_never_turns_a_second_moment_into_it():
     assert not decoded[256:].any()  # a block of zeros
 
 
+def kept(store: Store) -> list[torch.Tensor]:
+    """Copies of the memory of a store."""
+    tensors = [store.tensor] if isinstance(store, FloatStore) else [store.codes_BK, store.scales_B]  # pyright: ignore
+    return [tensor.clone() for tensor in tensors]
+
+
 @pytest.mark.parametrize(
     "store",
     [
@@ -113,8 +120,40 @@ def test_int8_keeps_zero_and_never_turns_a_second_moment_into_it():
 )
 def test_a_refused_write_changes_nothing_and_reads_are_copies(store: Store):
     store.write(0, torch.rand(600), noise(600, 0), TRUE)
-    before = {suffix: tensor.clone() for suffix, tensor in store.tensors().items()}
+    before = kept(store)
     store.write(256, torch.full((344,), torch.nan), noise(344, 0), FALSE)
     store.read(0, 600, torch.float32).zero_()
-    for suffix, tensor in store.tensors().items():
-        assert torch.equal(tensor, before[suffix])
+    assert all(torch.equal(left, right) for left, right in zip(kept(store), before, strict=True))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_code_under_every_scale_comes_back_from_what_it_stands_for(signed: bool):
+    levels = dynamic_code(signed, CPU)
+    mantissas = torch.linspace(1, 2, 9)[:-1] + torch.finfo(torch.float32).eps * 3
+    scales_B = (mantissas[:, None].double() * torch.exp2(torch.arange(-126, 128).double())).float().flatten()
+    codes_BK = torch.arange(256, dtype=torch.uint8).clamp_max(len(levels) - 1).repeat(len(scales_B), 1)
+    store = Int8Store(codes_BK.clone(), scales_B.clone(), signed)
+    values = store.decode(0, codes_BK.numel())
+    again = Int8Store.zeros(codes_BK.numel(), signed, CPU)
+    again.encode(0, values)
+    assert torch.equal(again.scales_B, scales_B)
+    assert torch.equal(again.codes_BK, codes_BK)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("magnitude", [1.0, 1e-36, 1e-39, 1e36])
+def test_what_was_written_comes_back_to_the_bit(signed: bool, magnitude: float):
+    """The largest of a block always takes the outermost code, whatever the noise, and so tells its scale."""
+    parameter = torch.empty(3, 233)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(699, generator=generator, dtype=torch.float64) * torch.logspace(-9, 0, 699) * magnitude
+    store, again = (Int8Store.zeros(699, signed, CPU) for _ in range(2))
+    for repeat in range(20):
+        store.write(0, values if signed else values.square(), noise(699, repeat), TRUE)
+        (suffix, saved), (_, resumed) = (next(iter(each.saved(parameter).items())) for each in (store, again))
+        assert suffix == ("" if signed else ".root")
+        assert isinstance(saved, Coded)
+        assert isinstance(resumed, Coded)
+        assert saved.values().shape == parameter.shape
+        resumed.take(saved.values())
+        assert all(torch.equal(left, right) for left, right in zip(kept(store), kept(again), strict=True))
