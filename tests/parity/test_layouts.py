@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor
 
 from burnish.config import OptimConfig, ParallelConfig
 from burnish.data.pack import Layout, pack
-from burnish.parallel.degrees import Degrees
 from burnish.model import zoo
 from burnish.model.attention import attend_sdpa
 from burnish.parallel.apply import Blocks, Parallelism
+from burnish.parallel.degrees import Degrees
 from burnish.parallel.execution import Execution
 from burnish.parallel.mesh import Mesh
 from burnish.parallel.weights import fill
@@ -83,7 +83,6 @@ def take_step(case: Case) -> Outcome | None:
     else:
         parallel = ParallelConfig.model_construct(**{**ParallelConfig().model_dump(), **case.parallel})
         degrees = Degrees.of(parallel, case.world)
-        mesh = Mesh(degrees, cpu)
         execution = on_mesh(case, Parallelism(Mesh(degrees, cpu), parallel))
     # Gradients of bf16 masters are clipped in a wider copy, which is not looked at below.
     clip_norm = None if case.master == "bf16" else 0.5

@@ -5,6 +5,7 @@ Shape suffixes: T tokens of a pack, K its trained tokens, N its documents.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, overload
@@ -58,7 +59,10 @@ def pack(samples: Sequence[Sample], layout: Layout, normalization: Literal["toke
     # Ranks meet in every micro-batch, so each has the same number of them.
     most = max(len(rank) for rank in ranks)
     batches = [
-        Packs([Pack([samples[i] for i in b], scales[b]) for b in rank] + [Pack([], scales[:0])] * (most - len(rank)), names)
+        Packs(
+            [Pack([samples[i] for i in b], scales[b]) for b in rank] + [Pack([], scales[:0])] * (most - len(rank)),
+            names,
+        )
         for rank in ranks
     ]
     num_slots = sum(max(lengths[i] for i in b) * len(b) for b in bins) if layout.kind == "rows" else sum(lengths)
@@ -121,10 +125,16 @@ class Packs(Sequence[Batch]):
     def of_flat(cls, flat: Mapping[str, Any]) -> Packs:
         """The same micro-batches again, of what `flat` gave; samples lack what no rank needs."""
         ends, sources = np.cumsum(flat["lengths"])[:-1], flat["sources"]
-        rows = zip(np.split(flat["tokens"], ends), np.split(flat["weights"], ends), flat["source"], flat["index"], strict=True)
-        samples = [Sample(tokens, weights, sources[source], int(index)) for tokens, weights, source, index in rows] if len(flat["lengths"]) else []
+        rows = zip(
+            np.split(flat["tokens"], ends), np.split(flat["weights"], ends), flat["source"], flat["index"], strict=True
+        )
+        samples = (
+            [Sample(tokens, weights, sources[source], int(index)) for tokens, weights, source, index in rows]
+            if len(flat["lengths"])
+            else []
+        )
         bounds = np.concatenate(([0], np.cumsum(flat["in_pack"])))
-        return cls([Pack(samples[a:b], flat["scales"][a:b]) for a, b in zip(bounds, bounds[1:], strict=False)], sources)
+        return cls([Pack(samples[a:b], flat["scales"][a:b]) for a, b in itertools.pairwise(bounds)], sources)
 
 
 def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
