@@ -48,12 +48,12 @@ class Attention:
     kernel: Kernel
 
 
-def _never_compiled(kernel: Kernel) -> Kernel:
+def never_compiled(kernel: Kernel) -> Kernel:
     """Document lengths change with every pack, and a block with the kernel inside would be compiled anew for each."""
     return cast(Kernel, torch.compiler.disable(kernel))
 
 
-@_never_compiled
+@never_compiled
 def attend_sdpa(
     q_THE: Tensor,
     k_TGE: Tensor,
@@ -123,7 +123,7 @@ def _attend_softcapped(
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-@_never_compiled
+@never_compiled
 def attend_varlen(
     q_THE: Tensor,
     k_TGE: Tensor,

@@ -1,0 +1,334 @@
+"""Context parallelism against one process: attention over ranks is attention over the whole pack."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import accumulate
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from tiny import native_model, tiny_config
+from torch import Tensor
+
+from burnish.config import RecipeError
+from burnish.data.pack import Layout, pack
+from burnish.model import zoo
+from burnish.model.attention import Kernel, attend_sdpa
+from burnish.model.lm_head import score
+from burnish.parallel.cp import ContextParallel, Kind, check_context_parallel, cut_tokens, pad, pad_to
+from burnish.parallel.degrees import Degrees
+from burnish.parallel.mesh import Mesh
+from burnish.parallel.ring import CPUEngine, Engine, Pair, PlainEngine, RingAttention, chunks_of, meet, tiles
+from burnish.types import Batch, Documents, Sample
+
+KINDS: tuple[Kind, ...] = ("ring", "all_to_all")
+NAMES = ("output", "q", "k", "v")
+
+
+def batch_of(lengths: tuple[int, ...], seed: int = 0) -> Batch:
+    """A pack of documents in this order, of which some tokens are trained with weights of their own."""
+    random = np.random.default_rng(seed)
+    samples = []
+    for index, length in enumerate(lengths):
+        weights = random.uniform(0.5, 1.5, length) * (random.random(length) < 0.6)
+        weights[0] = 0
+        tokens = random.integers(0, 512, length).astype(np.int32)
+        samples.append(Sample(tokens, weights.astype(np.float32), index=index))
+    return pack(samples, Layout(sum(lengths))).batches[0][0]
+
+
+def documents_of(*lengths: int) -> Documents:
+    return Documents(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), lengths)
+
+
+def attention_inputs(num_tokens: int, num_kv_heads: int, dtype: torch.dtype) -> list[Tensor]:
+    """Queries of 4 heads, keys and values, and a gradient of the output."""
+    generator = torch.Generator().manual_seed(0)
+    heads = (4, num_kv_heads, num_kv_heads, 4)
+    drawn = [torch.randn(num_tokens, number, 8, generator=generator, dtype=torch.float64) for number in heads]
+    return [x.to(dtype) for x in drawn]
+
+
+def attended(kernel: Kernel, inputs: list[Tensor], documents: Documents, window: int | None) -> list[Tensor]:
+    """The output, and the gradients of q, k and v."""
+    *inputs, grad = inputs
+    q, k, v = (x.detach().requires_grad_() for x in inputs)
+    output = kernel(q, k, v, documents, 0.3, window)
+    return [output.detach(), *torch.autograd.grad(output, (q, k, v), grad)]
+
+
+ENGINES: dict[str, Engine] = {"cpu": CPUEngine(), "plain": PlainEngine()}
+
+Case = tuple[tuple[int, ...], int | None, int]
+"""Lengths of documents, window, key heads."""
+
+CASES: list[Case] = [
+    ((32,), None, 2),
+    ((5, 9, 2, 16), None, 2),
+    ((1, 1, 27, 3), None, 4),
+    ((29, 3), 5, 1),
+    ((7, 20, 5), 1, 2),
+    ((32,), 11, 4),
+    ((4, 4, 4, 4, 4, 4, 4, 4), None, 1),
+    ((3, 11, 10, 8), 100, 2),
+]
+
+
+def local_attention(kind: Kind, engine: str, cases: list[Case], dtype: torch.dtype) -> list[list[Tensor]]:
+    group = dist.group.WORLD
+    assert group is not None
+    parallel = ContextParallel(group, kind)
+    results = []
+    for lengths, window, num_kv_heads in cases:
+        documents = documents_of(*lengths)
+        batch = parallel.cut(batch_of(lengths))
+        inputs = [cut_tokens(x, batch.documents) for x in attention_inputs(sum(lengths), num_kv_heads, dtype)]
+        kernel = RingAttention(group, ENGINES[engine]).attend if kind == "ring" else parallel.kernel(attend_sdpa)
+        results.append(attended(kernel, inputs, documents, window))
+    return results
+
+
+def whole(parts: list[Tensor], kind: Kind) -> Tensor:
+    """What the ranks hold, in the order of the pack."""
+    if kind == "all_to_all":
+        return torch.cat(parts)
+    size = len(parts)
+    chunks = {c: chunk for r, x in enumerate(parts) for c, chunk in zip(chunks_of(r, size), x.chunk(2), strict=True)}
+    return torch.cat([chunks[c] for c in range(2 * size)])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    ("kind", "engine", "dtype", "tolerance"),
+    [
+        ("ring", "cpu", torch.float64, 1e-12),
+        ("ring", "plain", torch.float64, 1e-12),
+        ("ring", "cpu", torch.float32, 1e-5),
+        ("ring", "cpu", torch.bfloat16, 6e-2),
+        ("all_to_all", "", torch.float64, 1e-12),
+        ("all_to_all", "", torch.bfloat16, 6e-2),
+    ],
+)
+def test_attention_over_ranks_is_that_of_the_pack(
+    world: int, kind: Kind, engine: str, dtype: torch.dtype, tolerance: float
+):
+    by_rank = run_ranks(world, local_attention, kind, engine, CASES, dtype)
+    for number, (lengths, window, num_kv_heads) in enumerate(CASES):
+        inputs = attention_inputs(sum(lengths), num_kv_heads, dtype)
+        exact = [x.double() for x in inputs]
+        expected = attended(attend_sdpa, exact, documents_of(*lengths), window)
+        for name, *parts, reference in zip(NAMES, *(rank[number] for rank in by_rank), expected, strict=True):
+            found = whole(parts, kind)
+            assert found.dtype == dtype
+            message = f"{name} of {CASES[number]}"
+            torch.testing.assert_close(
+                found.double(), reference, rtol=tolerance, atol=tolerance, msg=lambda m, s=message: f"{s}: {m}"
+            )
+
+
+def attention_in_a_mesh(kind: Kind) -> list[Tensor]:
+    mesh = Mesh(Degrees(cp=2, tp=2), torch.device("cpu"))
+    parallel = ContextParallel(mesh.group("cp"), kind)
+    batch = parallel.cut(batch_of((13, 3)))
+    # Each tp peer has heads of its own.
+    heads = [x.chunk(2, dim=1)[mesh.place["tp"]] for x in attention_inputs(16, 2, torch.float64)]
+    return attended(
+        parallel.kernel(attend_sdpa), [cut_tokens(x, batch.documents) for x in heads], batch.documents, None
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_that_share_a_pack_need_not_be_neighbours(kind: Kind):
+    by_rank = run_ranks(4, attention_in_a_mesh, kind)
+    expected = attended(attend_sdpa, attention_inputs(16, 2, torch.float64), documents_of(13, 3), None)
+    for *parts, reference in zip(*by_rank, expected, strict=True):
+        found = torch.cat([whole(parts[tp::2], kind) for tp in (0, 1)], dim=1)
+        torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)
+
+
+def long_attention(engine: str) -> list[Tensor]:
+    group = dist.group.WORLD
+    assert group is not None
+    batch = ContextParallel(group, "ring").cut(batch_of((4096,)))
+    inputs = [cut_tokens(x, batch.documents) for x in attention_inputs(4096, 1, torch.float64)]
+    return attended(RingAttention(group, ENGINES[engine]).attend, inputs, batch.documents, 300)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_window_in_a_long_document_is_cut_into_blocks(engine: str):
+    by_rank = run_ranks(2, long_attention, engine)
+    expected = attended(attend_sdpa, attention_inputs(4096, 1, torch.float64), documents_of(4096), 300)
+    for *parts, reference in zip(*by_rank, expected, strict=True):
+        torch.testing.assert_close(whole(parts, "ring"), reference, rtol=0, atol=1e-11)
+    for queries, keys in ((range(1024), range(1024)), (range(1024, 2048), range(1024))):
+        pair = meet(queries, keys, (0, 4096), 300)
+        assert pair is not None
+        for tile in tiles(pair, 300, always_blocks=False):
+            assert tile.queries.stop - tile.queries.start <= 512
+            assert tile.keys.stop - tile.keys.start < 512 + 300, "no more keys than the window of these queries"
+
+
+def narrow_values(kind: Kind) -> list[Tensor]:
+    group = dist.group.WORLD
+    assert group is not None
+    parallel = ContextParallel(group, kind)
+    batch = parallel.cut(batch_of((13, 3)))
+    q, k, v, grad = (cut_tokens(x, batch.documents) for x in attention_inputs(16, 2, torch.float64))
+    return attended(parallel.kernel(attend_sdpa), [q, k, v[..., :6], grad[..., :6]], batch.documents, None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_may_be_narrower_than_keys(kind: Kind):
+    q, k, v, grad = attention_inputs(16, 2, torch.float64)
+    expected = attended(attend_sdpa, [q, k, v[..., :6], grad[..., :6]], documents_of(13, 3), None)
+    for *parts, reference in zip(*run_ranks(2, narrow_values, kind), expected, strict=True):
+        torch.testing.assert_close(whole(parts, kind), reference, rtol=0, atol=1e-12)
+
+
+def softcapped(kind: Kind) -> Tensor:
+    group = dist.group.WORLD
+    assert group is not None
+    parallel = ContextParallel(group, kind)
+    batch = parallel.cut(batch_of((13, 3)))
+    q, k, v, _ = (cut_tokens(x, batch.documents) for x in attention_inputs(16, 2, torch.float64))
+    return parallel.kernel(attend_sdpa)(q, k, v, batch.documents, 0.3, 4, softcap=2.0)
+
+
+def test_softcap_reaches_the_inner_kernel_and_is_refused_by_a_ring():
+    q, k, v, _ = attention_inputs(16, 2, torch.float64)
+    expected = attend_sdpa(q, k, v, documents_of(13, 3), 0.3, 4, softcap=2.0)
+    found = whole(run_ranks(2, softcapped, "all_to_all"), "all_to_all")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    config = tiny_config(attn_logit_softcapping=2.0)
+    with pytest.raises(
+        RecipeError, match=r"cp_kind=ring computes no softcap.* 2.0; set parallel.cp_kind to all_to_all"
+    ):
+        check_context_parallel(config, 2, "ring")
+    check_context_parallel(config, 2, "all_to_all")
+
+
+def test_heads_that_ranks_cannot_share_are_refused():
+    with pytest.raises(
+        RecipeError, match=r"cp=4 x tp=2 = 8 does not divide num_attention_heads=4.*set parallel.cp to 2"
+    ):
+        check_context_parallel(tiny_config(), 4, "all_to_all", tp=2)
+    check_context_parallel(tiny_config(), 4, "all_to_all")
+    check_context_parallel(tiny_config(), 3, "ring")
+    check_context_parallel(tiny_config(), 1, "all_to_all", tp=8)
+
+
+def cut_batches(kind: Kind, lengths: tuple[int, ...]) -> tuple[Batch, Batch]:
+    group = dist.group.WORLD
+    assert group is not None
+    parallel = ContextParallel(group, kind)
+    padded = pad(batch_of(lengths), parallel.multiple)
+    return padded, parallel.cut(padded)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lengths", [(11, 2, 30), (3, 2), (9,)])
+def test_every_trained_token_is_on_one_rank(kind: Kind, lengths: tuple[int, ...]):
+    batch = batch_of(lengths)
+    by_rank = run_ranks(4, cut_batches, kind, lengths)
+    trained = []
+    for padded, part in by_rank:
+        place_T = part.documents.here_T
+        assert place_T is not None
+        assert part.documents.lengths == padded.documents.lengths
+        assert [s.index for s in part.samples] == list(range(len(lengths)))
+        torch.testing.assert_close(part.tokens_T, padded.tokens_T[place_T])
+        torch.testing.assert_close(part.positions_T, padded.positions_T[place_T])
+        document_T = torch.arange(len(padded.documents.lengths)).repeat_interleave(padded.documents.cu_seqlens.diff())
+        torch.testing.assert_close(part.documents.of_tokens(), document_T[place_T])
+        columns = (place_T[part.trained_K], part.targets_K, part.weights_K, part.raw_weights_K, part.sources_K)
+        trained += zip(*(x.tolist() for x in columns), strict=True)
+    columns = (batch.trained_K, batch.targets_K, batch.weights_K, batch.raw_weights_K, batch.sources_K)
+    assert sorted(trained) == list(zip(*(x.tolist() for x in columns), strict=True))
+
+
+def test_padding_is_one_document_that_trains_nothing():
+    batch = batch_of((5, 6))
+    padded = pad(batch, 8)
+    assert padded.documents.lengths == (5, 6, 5)
+    assert padded.documents.cu_seqlens.tolist() == [0, 5, 11, 16]
+    assert padded.documents.has_padding
+    assert padded.documents.num_real == 2
+    assert padded.positions_T[11:].tolist() == [0, 1, 2, 3, 4]
+    assert len(padded.tokens_T) == 16
+    assert padded.trained_K is batch.trained_K
+    assert pad(batch, 11) is batch
+    assert not batch.documents.has_padding
+    assert pad_to(batch, 30).documents.lengths == (5, 6, 19)
+    noise_TD = torch.randn(11, 3)
+    torch.testing.assert_close(cut_tokens(noise_TD, padded.documents), torch.cat((noise_TD, torch.zeros(5, 3))))
+    here = replace(padded.documents, here_T=torch.tensor([12, 3]))
+    torch.testing.assert_close(cut_tokens(noise_TD, here), torch.stack((torch.zeros(3), noise_TD[3])))
+
+
+def loss_and_gradients(config: dict, kernel: Kernel, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
+    model = native_model(config, torch.float64, seed)
+    replica = zoo.build(config, kernel, dtype=torch.float64, device="cpu")
+    replica.load_state_dict(model.state_dict())
+    noise_TD = torch.randn(sum(len(s.tokens) for s in batch.samples), 32, generator=torch.Generator().manual_seed(1))
+    noise_TD = cut_tokens(noise_TD.double() * 0.1, batch.documents)
+    hidden_TD = replica(batch.tokens_T, batch.positions_T, batch.documents, noise_TD)
+    scores = score(hidden_TD[batch.trained_K], replica.head(), batch.targets_K)
+    loss = -(scores.logprobs_K.double() * batch.weights_K).sum()
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad for n, p in replica.named_parameters() if p.grad is not None}
+
+
+def model_on_ranks(kind: Kind, config: dict, lengths: tuple[int, ...]) -> dict[str, Tensor]:
+    group = dist.group.WORLD
+    assert group is not None
+    parallel = ContextParallel(group, kind)
+    batch = parallel.cut(pad_to(batch_of(lengths), 64))
+    return loss_and_gradients(config, parallel.kernel(attend_sdpa), batch)
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("world", "kind", "changes", "lengths"),
+    [
+        (2, "ring", {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}, (40, 3, 12)),
+        (4, "ring", {}, (6, 5)),
+        (4, "ring", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, (40, 3, 12)),
+        (2, "all_to_all", {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}, (40, 3, 12)),
+        (4, "all_to_all", {"tie_word_embeddings": False}, (6, 5)),
+    ],
+)
+def test_a_model_over_ranks_has_the_gradients_of_one_process(
+    world: int, kind: Kind, changes: dict, lengths: tuple[int, ...]
+):
+    """Uneven documents, noise, frequencies by length; and ranks with nothing but padding."""
+    config = tiny_config(**changes)
+    expected = loss_and_gradients(config, attend_sdpa, batch_of(lengths))
+    by_rank = run_ranks(world, model_on_ranks, kind, config, lengths)
+    for name, reference in expected.items():
+        found = torch.stack([rank[name] for rank in by_rank]).sum(0)
+        assert (found - reference).norm() <= 1e-9 * reference.norm(), name
+
+
+def work(rank: int, size: int, lengths: tuple[int, ...]) -> int:
+    """Pairs of a query and a key that a rank of a ring computes."""
+    bounds = [0, *accumulate(lengths)]
+    length = bounds[-1] // (2 * size)
+    chunks = [range(c * length, (c + 1) * length) for c in range(2 * size)]
+    pairs = (meet(chunks[c], keys, bounds, None) for c in chunks_of(rank, size) for keys in chunks)
+    return sum(_pairs_of_tokens(pair) for pair in pairs if pair is not None)
+
+
+def _pairs_of_tokens(pair: Pair) -> int:
+    if pair.is_same:
+        return sum(n * (n + 1) // 2 for n in pair.lengths)
+    return (pair.q_end - pair.q_start) * (pair.k_end - pair.k_start)
+
+
+def test_one_long_document_is_the_same_work_on_every_rank():
+    assert len({work(rank, 4, (4096,)) for rank in range(4)}) == 1
+    assert sum(work(rank, 4, (4096,)) for rank in range(4)) == 4096 * 4097 // 2
