@@ -173,7 +173,7 @@ class Run:
         """Count a finished step, and write a line of metrics when one is due."""
         self.progress.step = step
         self.window.add(inputs, stats)
-        samples = [sample.id for rank in inputs.batches for batch in rank for sample in batch.samples]
+        samples = [sample.id for sample in inputs.samples]
         self._unlogged.append((step, stats["nonfinite_steps"].sum, samples))
         if step % self.log_every == 0 or step == self.total_steps or step == 1:
             self._flush()

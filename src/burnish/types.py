@@ -222,9 +222,13 @@ def _moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """One optimizer step: `batches[data_rank][micro]`, and what must be known of all of it before any of it runs."""
+    """One optimizer step: `batches[data_rank][micro]`, and what must be known of all of it before any of it runs.
 
-    batches: list[list[Batch]]
+    A batch is built when it is asked for, by the rank that runs it.
+    """
+
+    batches: Sequence[Sequence[Batch]]
+    samples: tuple[Sample, ...]  # of all ranks, in no particular order
     denominator: float  # of the loss: sum of weights (token) or samples with a positive sum (sample)
     num_samples: int
     num_tokens: int

@@ -17,12 +17,15 @@ from torch.distributed.tensor import DTensor
 
 from burnish.config import OptimConfig, ParallelConfig
 from burnish.data.pack import Layout, pack
+from burnish.model import zoo
+from burnish.model.attention import attend_sdpa
+from burnish.parallel.apply import Blocks, Parallelism
 from burnish.parallel.degrees import Degrees
-from burnish.parallel.execution import Execution, MeshExecution
-from burnish.parallel.fsdp import shard
+from burnish.parallel.execution import Execution
 from burnish.parallel.mesh import Mesh
+from burnish.parallel.weights import fill
 from burnish.train.loss import CrossEntropy
-from burnish.train.trainer import LocalTrainer
+from burnish.train.trainer import LocalTrainer, freeze_parameters
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 
@@ -44,8 +47,14 @@ class Case:
     freeze: tuple[str, ...] = ()
     trainer: dict[str, Any] = field(default_factory=dict)
 
+    recompute: str = "none"
+
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def model_config(self) -> dict[str, Any]:
+        return tiny_config("qwen3", **self.config)
 
     @property
     def alone(self) -> Case:
@@ -66,22 +75,15 @@ class Outcome:
 
 def take_step(case: Case) -> Outcome | None:
     """One step of `case` on this rank; the outcome on rank 0."""
-    model = native_model(tiny_config("qwen3", **case.config), DTYPES[case.master])
-    for name, parameter in model.named_parameters():
-        if name in case.freeze:
-            parameter.requires_grad_(False)
-    cpu, compute = torch.device("cpu"), DTYPES[case.compute]
-    degrees = Degrees()
+    cpu, degrees = torch.device("cpu"), Degrees()
     if case.world == 1:
-        execution = Execution(model, compute, cpu)
+        model = native_model(case.model_config, DTYPES[case.master])
+        freeze_parameters(model, case.freeze)
+        execution = Execution(model, DTYPES[case.compute], cpu)
     else:
         parallel = ParallelConfig.model_construct(**{**ParallelConfig().model_dump(), **case.parallel})
         degrees = Degrees.of(parallel, case.world)
-        mesh = Mesh(degrees, cpu)
-        sharding = shard(
-            model, mesh, parallel.zero, compute=compute, reduce=torch.promote_types(compute, torch.float32)
-        )
-        execution = MeshExecution(model, compute, cpu, mesh, sharding)
+        execution = on_mesh(case, Parallelism(Mesh(degrees, cpu), parallel))
     # Gradients of bf16 masters are clipped in a wider copy, which is not looked at below.
     clip_norm = None if case.master == "bf16" else 0.5
     optim = OptimConfig(
@@ -100,6 +102,19 @@ def take_step(case: Case) -> Outcome | None:
     if case.world > 1 and dist.get_rank() > 0:
         return None
     return Outcome(stats["loss"].mean, stats["grad_norm"].mean, gradients, weights, held_out)
+
+
+def on_mesh(case: Case, parallelism: Parallelism) -> Execution:
+    """This rank's part of the model of `case`, built on meta and given its weights when it is cut."""
+    kernel, master = parallelism.kernel(attend_sdpa), DTYPES[case.master]
+    model = zoo.build(case.model_config, kernel, dtype=master, device="meta")
+    freeze_parameters(model, case.freeze)
+    execution = parallelism.apply(model, Blocks(case.recompute), compute=DTYPES[case.compute], reduce=torch.float32)
+    model.to_empty(device="cpu")
+    reference = dict(native_model(case.model_config, master).named_parameters())
+    for name, parameter in model.named_parameters():
+        fill(parameter, reference[name])
+    return execution
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -122,6 +137,22 @@ CASES = [
     Case("shard4-idle-ranks", {"dp_shard": 4}, 4, num_samples=2, trainer={"neftune_alpha": 5.0}),
     Case("shard2-sample", {"dp_shard": 2}, 2, normalization="sample"),
     Case("shard2-neftune", {"dp_shard": 2}, 2, trainer={"neftune_alpha": 5.0}),
+    Case("tp2", {"tp": 2}, 2),
+    Case("tp2-no-sp", {"tp": 2, "sequence_parallel": False}, 2),
+    Case("tp2-shard2-untied", {"tp": 2, "dp_shard": 2}, 4, {"tie_word_embeddings": False}),
+    Case("tp2-shard2-neftune", {"tp": 2, "dp_shard": 2}, 4, trainer={"neftune_alpha": 5.0}),
+    Case("tp4-kv4", {"tp": 4}, 4, {"num_key_value_heads": 4, "vocab_size": 513}),
+    Case("ring2", {"cp": 2}, 2),
+    Case("ring4-shard1-neftune", {"cp": 4}, 4, trainer={"neftune_alpha": 5.0}),
+    Case("a2a2", {"cp": 2, "cp_kind": "all_to_all"}, 2),
+    Case("a2a4", {"cp": 4, "cp_kind": "all_to_all"}, 4),
+    Case("ring2-shard2-sample", {"cp": 2, "dp_shard": 2}, 4, normalization="sample"),
+    Case("ring2-tp2", {"cp": 2, "tp": 2}, 4),
+    Case("a2a2-tp2-no-sp", {"cp": 2, "tp": 2, "cp_kind": "all_to_all", "sequence_parallel": False}, 4),
+    Case("shard2-full-recompute", {"dp_shard": 2}, 2, recompute="full"),
+    Case("ring2-tp2-shard2-recompute", {"cp": 2, "tp": 2, "dp_shard": 2}, 8, recompute="full"),
+    Case("tp2-shard2-fp64-adamw", {"tp": 2, "dp_shard": 2}, 4, optimizer="adamw", compute="fp64", master="fp64"),
+    Case("ring2-tp2-bf16", {"cp": 2, "tp": 2}, 4, compute="bf16"),
     Case("shard2-adamw", {"dp_shard": 2}, 2, optimizer="adamw", compute="fp64", master="fp64"),
     Case("shard2-bf16", {"dp_shard": 2}, 2, compute="bf16"),
     Case("shard2-bf16-masters", {"dp_shard": 2}, 2, compute="bf16", master="bf16"),

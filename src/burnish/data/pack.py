@@ -5,9 +5,10 @@ Shape suffixes: T tokens of a pack, K its trained tokens, N its documents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 
@@ -55,13 +56,19 @@ def pack(samples: Sequence[Sample], layout: Layout, normalization: Literal["toke
     lengths = [len(s.tokens) for s in samples]
     bins = {"packed": first_fit, "rows": rows_by_length, "single": one_each}[layout.kind](lengths, budget)
     ranks = _deal(bins, lengths, layout.data_ranks)
-    batches = [[_batch([samples[i] for i in b], scales[b], names) for b in rank] for rank in ranks]
     # Ranks meet in every micro-batch, so each has the same number of them.
-    most = max(len(rank) for rank in batches)
-    batches = [rank + [_idle_batch(names)] * (most - len(rank)) for rank in batches]
+    most = max(len(rank) for rank in ranks)
+    batches = [
+        Packs(
+            [Pack([samples[i] for i in b], scales[b]) for b in rank] + [Pack([], scales[:0])] * (most - len(rank)),
+            names,
+        )
+        for rank in ranks
+    ]
     num_slots = sum(max(lengths[i] for i in b) * len(b) for b in bins) if layout.kind == "rows" else sum(lengths)
     return StepInput(
         batches=batches,
+        samples=tuple(samples),
         denominator=denominator,
         num_samples=len(samples),
         num_tokens=sum(lengths),
@@ -69,6 +76,65 @@ def pack(samples: Sequence[Sample], layout: Layout, normalization: Literal["toke
         capacity=budget * len(bins),
         num_padding=num_slots - sum(lengths),
     )
+
+
+class Pack(NamedTuple):
+    """The samples of one micro-batch, and what each one's weights are multiplied by; none for a rank that waits."""
+
+    samples: Sequence[Sample]
+    scales: np.ndarray
+
+
+@dataclass(frozen=True)
+class Packs(Sequence[Batch]):
+    """The micro-batches of one data rank, built as they are asked for."""
+
+    packs: Sequence[Pack]
+    sources: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Packs: ...
+
+    def __getitem__(self, index: int | slice) -> Batch | Packs:
+        """The batch, or fewer of them. A pack without samples is one token that nobody trains."""
+        if isinstance(index, slice):
+            return replace(self, packs=self.packs[index])
+        return _batch(*self.packs[index], self.sources)
+
+    def flat(self) -> dict[str, Any]:
+        """What a rank needs to build them, in few arrays: ids and weights, no text."""
+        samples = [sample for pack in self.packs for sample in pack.samples]
+        return {
+            "tokens": np.concatenate([sample.tokens for sample in samples] or [np.zeros(0, np.int32)]),
+            "weights": np.concatenate([sample.loss_weights for sample in samples] or [np.zeros(0, np.float32)]),
+            "lengths": np.array([len(sample.tokens) for sample in samples], np.int64),
+            "scales": np.concatenate([pack.scales for pack in self.packs]),
+            "source": np.array([self.sources.index(sample.source) for sample in samples], np.int32),
+            "index": np.array([sample.index for sample in samples], np.int64),
+            "in_pack": np.array([len(pack.samples) for pack in self.packs], np.int64),
+            "sources": self.sources,
+        }
+
+    @classmethod
+    def of_flat(cls, flat: Mapping[str, Any]) -> Packs:
+        """The same micro-batches again, of what `flat` gave; samples lack what no rank needs."""
+        ends, sources = np.cumsum(flat["lengths"])[:-1], flat["sources"]
+        rows = zip(
+            np.split(flat["tokens"], ends), np.split(flat["weights"], ends), flat["source"], flat["index"], strict=True
+        )
+        samples = (
+            [Sample(tokens, weights, sources[source], int(index)) for tokens, weights, source, index in rows]
+            if len(flat["lengths"])
+            else []
+        )
+        bounds = np.concatenate(([0], np.cumsum(flat["in_pack"])))
+        return cls([Pack(samples[a:b], flat["scales"][a:b]) for a, b in itertools.pairwise(bounds)], sources)
 
 
 def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -138,15 +204,12 @@ def _cost(indices: list[int], lengths: Sequence[int], linear: float = 24576.0) -
     return sum(linear * lengths[i] + lengths[i] ** 2 for i in indices)
 
 
-def _idle_batch(source_names: tuple[str, ...]) -> Batch:
-    """One token that nobody trains, for a rank that has nothing to do while the others have."""
-    token = Sample(np.zeros(1, np.int32), np.zeros(1, np.float32), source_names[0])
-    return replace(_batch([token], np.ones(1), source_names), samples=())
-
-
-def _batch(samples: list[Sample], scales: np.ndarray, source_names: tuple[str, ...]) -> Batch:
+def _batch(samples: Sequence[Sample], scales: np.ndarray, source_names: tuple[str, ...]) -> Batch:
     import torch  # data workers import this package without torch
 
+    if not samples:
+        idle = Sample(np.zeros(1, np.int32), np.zeros(1, np.float32), source_names[0])
+        return replace(_batch([idle], np.ones(1), source_names), samples=())
     lengths = [len(s.tokens) for s in samples]
     starts = np.concatenate(([0], np.cumsum(lengths)))
     raw_T = np.concatenate([s.loss_weights for s in samples])

@@ -19,7 +19,7 @@ from typing import Any
 
 from burnish.files import write_whole
 from burnish.observe.flops import ModelShape, step_flops
-from burnish.types import Sample, Stats, Status, StepInput, UserError, Weighted
+from burnish.types import Stats, Status, StepInput, UserError, Weighted
 
 Line = dict[str, Any]
 """One line of metrics.jsonl: flat, values are numbers or None (a number that was not finite)."""
@@ -209,13 +209,12 @@ class StepWindow:
         counts.totals += step
         counts.capacity += inputs.capacity
         counts.padding += inputs.num_padding
-        documents = _documents(inputs)
-        for sample, length in documents:
-            self._source_tokens[sample.source] += length
+        for sample in inputs.samples:
+            self._source_tokens[sample.source] += len(sample.tokens)
             self._source_trained[sample.source] += sample.num_trained
             counts.truncated += sample.status == Status.TRUNCATED
         if self._utilisation:
-            lengths = [length for _, length in documents]
+            lengths = [len(sample.tokens) for sample in inputs.samples]
             counts.flops += step_flops(self._utilisation.shape, lengths, inputs.num_trained_tokens)
 
     def fetch(self, step: int) -> Line:
@@ -247,12 +246,6 @@ class StepWindow:
             line["mfu"] = counts.flops / in_steps / self._utilisation.peak
         self._begin()
         return line
-
-
-def _documents(inputs: StepInput) -> list[tuple[Sample, int]]:
-    """Every sample of the step with its length in tokens. Documents of padding, which have no sample, come last."""
-    batches = [batch for rank in inputs.batches for batch in rank]
-    return [pair for batch in batches for pair in zip(batch.samples, batch.documents.lengths, strict=False)]
 
 
 def _as_double(value: Any) -> Any:

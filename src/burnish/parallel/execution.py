@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from burnish.model.base import CausalLM
 from burnish.model.lm_head import score
+from burnish.parallel.cp import ContextParallel, cut_tokens, pad
 from burnish.parallel.fsdp import Sharding
 from burnish.parallel.mesh import Mesh
+from burnish.parallel.tp import VocabularyParallel
 from burnish.types import Batch, Stats, TokenScores, Weighted
 
 LossOf = Callable[[TokenScores, Batch], tuple[Tensor, Stats]]
@@ -110,6 +112,10 @@ class MeshExecution(Execution):
 
     mesh: Mesh
     sharding: Sharding
+    context: ContextParallel | None = None
+    """How packs are cut over cp ranks; None where there is one."""
+    vocabulary: VocabularyParallel | None = None
+    """How the head is cut over tp ranks; None where there is one."""
 
     def __post_init__(self) -> None:
         stage_world = dist.get_world_size() // self.mesh.degrees.pp
@@ -118,6 +124,25 @@ class MeshExecution(Execution):
 
     def weights(self) -> AbstractContextManager[None]:
         return nullcontext()  # FSDP2 casts what it gathers
+
+    def place(self, batch: Batch) -> Batch:
+        multiple = 1 if self.context is None else self.context.multiple
+        if self.vocabulary is not None and self.vocabulary.sequence_parallel:
+            multiple *= self.mesh.degrees.tp
+        padded = pad(batch, multiple)
+        return (padded if self.context is None else self.context.cut(padded)).to(self.device)
+
+    def scores(self, hidden_TD: Tensor, batch: Batch) -> TokenScores:
+        if self.vocabulary is None:
+            return super().scores(hidden_TD, batch)
+        hidden_KD = self.vocabulary.gather(hidden_TD)[batch.trained_K]
+        return self.vocabulary.score(hidden_KD, self.model.head(), batch.targets_K)
+
+    def _hidden(self, batch: Batch, noise_TD: Tensor | None) -> Tensor:
+        if noise_TD is not None:
+            noise_TD = cut_tokens(noise_TD, batch.documents)
+            noise_TD = noise_TD if self.vocabulary is None else self.vocabulary.cut(noise_TD)
+        return super()._hidden(batch, noise_TD)
 
     def _begin(self, is_last: bool) -> None:
         self.sharding.begin(is_last)
@@ -161,7 +186,7 @@ def _num_shards(parameter: Tensor) -> int:
         return 1
     number = 1
     for axis, placement in enumerate(parameter.placements):
-        if isinstance(placement, Shard) or placement.is_shard():
+        if not placement.is_replicate():  # a strided shard is none by is_shard()
             number *= parameter.device_mesh.size(axis)
     return number
 

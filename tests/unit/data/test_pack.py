@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from burnish.data.pack import Layout, first_fit, pack, rows_by_length
+from burnish.data.pack import Layout, Packs, first_fit, pack, rows_by_length
 from burnish.types import Sample, UserError
 
 
@@ -72,6 +73,27 @@ def test_a_rank_without_packs_has_idle_ones_that_train_nothing() -> None:
     (idle,) = [batch for rank in inputs.batches for batch in rank if not batch.samples]
     assert (idle.num_tokens, len(idle.trained_K)) == (1, 0)
     assert inputs.num_tokens == 24
+
+
+def test_what_travels_to_a_rank_builds_the_same_batches() -> None:
+    samples = [make_sample(n, i) for i, n in enumerate([8, 7, 6, 2, 1])]
+    for rank in pack(samples, Layout(8, data_ranks=3), "sample").batches:
+        assert isinstance(rank, Packs)
+        again = Packs.of_flat(rank.flat())
+        assert len(again) == len(rank)
+        for here, there in zip(rank, again, strict=True):
+            assert [(s.source, s.index) for s in here.samples] == [(s.source, s.index) for s in there.samples]
+            for name in (
+                "tokens_T",
+                "positions_T",
+                "trained_K",
+                "targets_K",
+                "weights_K",
+                "raw_weights_K",
+                "sources_K",
+            ):
+                assert torch.equal(getattr(here, name), getattr(there, name)), name
+            assert here.documents.lengths == there.documents.lengths
 
 
 def test_rows_count_their_padding_and_single_documents_have_none() -> None:

@@ -77,7 +77,7 @@ def a_step(*samples: Sample, capacity: int = 100, padding: int = 0) -> StepInput
     sources = tuple(sorted({sample.source for sample in samples}))
     batch = Batch(empty, empty, documents, empty, empty, empty, empty, empty, sources, samples)
     trained = sum(sample.num_trained for sample in samples)
-    return StepInput([[batch]], float(trained), len(samples), sum(lengths), trained, capacity, padding)
+    return StepInput([[batch]], tuple(samples), float(trained), len(samples), sum(lengths), trained, capacity, padding)
 
 
 class Clock:
