@@ -185,6 +185,9 @@ class PipelineEngine:
         """The sum of the batches' statistics on the rank that holds the last part; gradients stay as they are."""
         work = _Work(score_and_loss, 1.0, batches, lambda number: None)
         self._run(work, training=False)
+        for module in (module for model in self.stages.values() for module in model.modules()):
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what a forward has gathered would be stale after the next update
         return work.stats
 
     def _run(self, work: _Work, training: bool) -> None:
@@ -305,6 +308,13 @@ class _Stage(PipelineStage):
 
     def _validate_fwd_outputs(self, outputs: Any) -> None:
         """torch before 2.13 would compare lengths."""
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """torch 2.11 would send to itself where the turn of a V is on one rank, which gloo cannot."""
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+    def _post_metadata_inference_cleanup(self) -> None:
+        """torch 2.13 would drop all gradients, as if it had tried the model out."""
 
     def _room(self, number: int) -> Tensor:
         assert self._engine.work is not None

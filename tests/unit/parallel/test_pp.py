@@ -211,3 +211,44 @@ def check(case: Case, tolerance: float) -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_float64_equals_one_process(schedule: str, tied: bool) -> None:
     check(Case(schedule, tied=tied), 1e-10)
+
+
+@pytest.mark.parametrize(("schedule", "tied"), [*zip(SCHEDULES, (True, False, True, False, True), strict=True)])
+def test_four_ranks_equal_one_process(schedule: str, tied: bool) -> None:
+    check(Case(schedule, pp=4, tied=tied, dtype=torch.float32, noise=tied), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("interleaved_1f1b", chunks=3, layers=7),
+        Case("interleaved_zero_bubble", chunks=1, layers=3),
+        Case("1f1b", recompute="full", noise=True),
+        Case("interleaved_zero_bubble", recompute="full", tied=False),
+        Case("zbv_zero_bubble", recompute="selective"),
+        Case("1f1b", steps=(UNTRAINED, OTHER)),
+        Case("zbv_zero_bubble", steps=(UNTRAINED, ONE_PACK)),
+    ],
+    ids=str,
+)
+def test_chunks_recomputation_and_untrained_steps(case: Case) -> None:
+    check(case, 1e-10)
+
+
+FIRST_HALF = ("embed_tokens", *(f"layers.{layer}." for layer in range(4)))
+
+
+@pytest.mark.parametrize("frozen", [("embed_tokens",), ("layers.0.", "layers.1."), FIRST_HALF, ("layers.5.", "lm_head")])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"])
+def test_frozen_parameters(schedule: str, frozen: tuple[str, ...]) -> None:
+    check(Case(schedule, tied="lm_head" not in frozen, frozen=frozen, steps=(UNEVEN,)), 1e-10)
+
+
+TWO_RANKS = ((UNEVEN, ONE_PACK), ((*OTHER, 60, 61), UNTRAINED[:1]))
+"""Packs of unlike lengths; in the second step a rank without a trained token."""
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_sharded_stages(schedule: str, zero: int) -> None:
+    check(Case(schedule, data=TWO_RANKS, zero=zero, tied=zero != 2), 1e-10)
