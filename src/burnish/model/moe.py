@@ -116,7 +116,7 @@ class Compute(Protocol):
 
 
 def compute_grouped(rows_RD: Tensor, counts_E: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
-    """`Compute` by two grouped matmuls: float32, bf16 and fp16; the host does not wait for the counts on CUDA."""
+    """`Compute` by two grouped matmuls; the host does not wait for the counts on CUDA."""
     ends_E = counts_E.cumsum(0, dtype=torch.int32)
     both_RF = functional.grouped_mm(rows_RD, gate_up_E2FD.flatten(1, 2).transpose(1, 2), offs=ends_E)
     gate_RF, up_RF = both_RF.chunk(2, dim=-1)
@@ -130,10 +130,14 @@ def compute_one_by_one(rows_RD: Tensor, counts_E: Tensor, gate_up_E2FD: Tensor, 
     return torch.cat([(functional.silu(x @ gate.T) * (x @ up.T)) @ down.T for x, (gate, up), down in by_expert])
 
 
-def choose_compute(dtype: torch.dtype, *sizes: int) -> Compute:
-    """How experts compute in `dtype`: grouped, where that knows the type and rows of all `sizes` are aligned."""
+def choose_compute(dtype: torch.dtype, device: torch.device | str, *sizes: int) -> Compute:
+    """How experts compute in `dtype`: grouped, where torch knows the type on `device` and rows of `sizes` are aligned.
+
+    bf16 is known everywhere, float32 and fp16 on a CPU alone.
+    """
+    is_known = dtype == torch.bfloat16 or (torch.device(device).type == "cpu" and dtype != torch.float64)
     is_aligned = all(size * dtype.itemsize % 16 == 0 for size in sizes)
-    return compute_grouped if dtype != torch.float64 and is_aligned else compute_one_by_one
+    return compute_grouped if is_known and is_aligned else compute_one_by_one
 
 
 class Experts(nn.Module):
@@ -282,9 +286,9 @@ class Router:
         self.num_tokens = num_tokens
         self.counts_E = torch.zeros(self.moe.num_experts, dtype=torch.int64, device=device)
         """Tokens that each expert got."""
-        self.aux_sum = torch.zeros((), dtype=torch.float32, device=device)
+        self.aux_sum = torch.zeros((), dtype=torch.float64, device=device)
         """Of the load-balancing loss, n_d * loss(d) over documents; 0 where `aux` is 0."""
-        self.z_sum = torch.zeros((), dtype=torch.float32, device=device)
+        self.z_sum = torch.zeros((), dtype=torch.float64, device=device)
         """Of the z-loss over tokens; 0 where `z` is 0."""
 
     def __call__(self, logits_TE: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
@@ -393,11 +397,11 @@ def load_metrics(counts: Sequence[Tensor]) -> dict[str, float]:
     }
 
 
-def set_compute(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let the experts of a model compute in `dtype` by the fastest way there is."""
+def set_compute(model: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Let the experts of a model compute in `dtype` on `device` by the fastest way there is."""
     for module in model.modules():
         if isinstance(module, Experts):
-            module.compute = choose_compute(dtype, *module.gate_up_proj.shape[2:])
+            module.compute = choose_compute(dtype, device, *module.gate_up_proj.shape[2:])
 
 
 class MoE(nn.Module):

@@ -221,7 +221,7 @@ def build(
         model = ARCHITECTURES[architecture](config, kernel)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # buffers keep their own type
-    set_compute(model, compute or dtype)
+    set_compute(model, compute or dtype, device)
     return model.to_empty(device=device)
 
 
