@@ -9,7 +9,7 @@ Shape suffixes: T tokens of a pack, D hidden size, V vocabulary, K trained token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
@@ -29,8 +29,60 @@ from burnish.types import TokenScores, UserError
 READS_ALL = (Attention, LatentAttention, MLP)
 """Modules that read all tokens, which are gathered once for their projections; gradients are summed there, too."""
 
-Style = Callable[[nn.Module, DeviceMesh], None]
-"""Cuts the parameters of one module over the ranks of a mesh."""
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """A projection to this rank's heads or columns; the gradient of its input is this rank's share."""
+
+    def apply(self, module: nn.Module, axis: DeviceMesh) -> None:
+        _place(module, axis, {"weight": Shard(0), "bias": Shard(0)})
+        _read_locally(module, Shard(0))
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A projection from this rank's heads or columns, whose outputs are summed over ranks and lie as `tokens` says."""
+
+    tokens: Placement
+
+    def apply(self, module: nn.Module, axis: DeviceMesh) -> None:
+        _place(module, axis, {"weight": Shard(1), "bias": Replicate()})
+        _read_locally(module, Shard(1), bias=axis.get_local_rank() == 0)
+        module.register_forward_hook(partial(_sum_output, axis, self.tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What every rank has whole. `gradient` is Partial where each sees some of the tokens or heads, else Replicate."""
+
+    gradient: Placement
+
+    def apply(self, module: nn.Module, axis: DeviceMesh) -> None:
+        _place(module, axis, {name: Replicate() for name, _ in module.named_parameters()})
+        _read_locally(module, self.gradient)
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The head, which is never called: `VocabularyParallel` takes its rows."""
+
+    def apply(self, module: nn.Module, axis: DeviceMesh) -> None:
+        _place(module, axis, {"weight": Shard(0), "bias": Shard(0)})
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """Each rank looks up the tokens whose rows it has, and the others are zero until ranks are summed."""
+
+    tokens: Placement
+
+    def apply(self, module: nn.Module, axis: DeviceMesh) -> None:
+        _place(module, axis, {"weight": Shard(0)})
+        module.forward = partial(_look_up, module, axis, self.tokens)
+
+
+Style = Columns | Rows | Whole | Vocabulary | Embedding
+"""How the parameters of one module are cut over the ranks of a mesh, and what is done around it."""
 
 
 def plan(sequence_parallel: bool) -> Mapping[str, Style | None]:
@@ -38,27 +90,31 @@ def plan(sequence_parallel: bool) -> Mapping[str, Style | None]:
 
     Heads, columns of MLPs and the vocabulary are cut, the rest is not; None leaves parameters to others.
     """
-    tokens = Shard(0) if sequence_parallel else Replicate()
-    of_heads = partial(whole, gradient=Partial())
-    of_tokens = partial(whole, gradient=Partial() if sequence_parallel else Replicate())
+    tokens = _tokens(sequence_parallel)
+    of_heads, of_tokens = Whole(Partial()), Whole(Partial() if sequence_parallel else Replicate())
     return {
-        "model.embed_tokens": partial(embedding, tokens=tokens),
-        "model.layers.*.self_attn.[qkv]_proj": columns,
+        "model.embed_tokens": Embedding(tokens),
+        "model.layers.*.self_attn.[qkv]_proj": Columns(),
         "model.layers.*.self_attn.[qk]_norm": of_heads,
         "model.layers.*.self_attn.q_a_*": of_heads,
         "model.layers.*.self_attn.kv_a_*": of_heads,
-        "model.layers.*.self_attn.q_b_proj": columns,
-        "model.layers.*.self_attn.kv_b_proj": columns,
-        "model.layers.*.self_attn.o_proj": partial(rows, tokens=tokens),
+        "model.layers.*.self_attn.q_b_proj": Columns(),
+        "model.layers.*.self_attn.kv_b_proj": Columns(),
+        "model.layers.*.self_attn.o_proj": Rows(tokens),
         "model.layers.*.mlp.experts": None,
         "model.layers.*.mlp.gate": of_tokens,
-        "model.layers.*.mlp.*gate_proj": columns,
-        "model.layers.*.mlp.*up_proj": columns,
-        "model.layers.*.mlp.*down_proj": partial(rows, tokens=tokens),
+        "model.layers.*.mlp.*gate_proj": Columns(),
+        "model.layers.*.mlp.*up_proj": Columns(),
+        "model.layers.*.mlp.*down_proj": Rows(tokens),
         "model.layers.*layernorm": of_tokens,
         "model.norm": of_tokens,
-        "lm_head": vocabulary,
+        "lm_head": Vocabulary(),
     }
+
+
+def _tokens(sequence_parallel: bool) -> Placement:
+    """How the rows of residuals lie."""
+    return Shard(0) if sequence_parallel else Replicate()
 
 
 def parallelize(model: CausalLM, axis: DeviceMesh, sequence_parallel: bool) -> None:
@@ -69,51 +125,23 @@ def parallelize(model: CausalLM, axis: DeviceMesh, sequence_parallel: bool) -> N
     Raises UserError, with nothing changed, where a parameter's module has no row in the table.
     """
     table = plan(sequence_parallel)
-    modules = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters())}
-    fits = {name: [pattern for pattern in table if fnmatchcase(name, pattern)] for name in modules}
-    strange = [name for name, _ in model.named_parameters() if not fits[name.rpartition(".")[0]]]
+    # A layer with an adapter has its row, too; the adapter itself is left to `lora.cut_adapters`.
+    owners = {name.rpartition(".")[0]: name for name, _ in model.named_parameters() if ".lora_" not in name}
+    plain = {owner: owner.removesuffix(".base_layer") for owner in owners}
+    fits = {owner: [pattern for pattern in table if fnmatchcase(plain[owner], pattern)] for owner in owners}
+    strange = [owners[owner] for owner in owners if not fits[owner]]
     if strange:
         raise UserError(
             f"parallel.tp={axis.size()}: nothing is known of how to cut {strange[0]}; set parallel.tp to 1, or "
             "model.implementation to native where the architecture has one"
         )
-    tokens = Shard(0) if sequence_parallel else Replicate()
-    for name, module in modules.items():
-        style = table[fits[name][0]] if fits[name] else None
+    for owner, patterns in fits.items():
+        style = table[patterns[0]]
         if style is not None:
-            style(module, axis)
+            style.apply(model.get_submodule(owner), axis)
+    for module in model.modules():
         if isinstance(module, READS_ALL):
-            module.register_forward_pre_hook(partial(_gather_input, axis, tokens))
-
-
-def columns(module: nn.Module, axis: DeviceMesh) -> None:
-    """A projection to this rank's heads or columns; the gradient of its input is this rank's share."""
-    _place(module, axis, {"weight": Shard(0), "bias": Shard(0)})
-    _read_locally(module, Shard(0))
-
-
-def rows(module: nn.Module, axis: DeviceMesh, tokens: Placement) -> None:
-    """A projection from this rank's heads or columns, whose outputs are summed over ranks and lie as `tokens` says."""
-    _place(module, axis, {"weight": Shard(1), "bias": Replicate()})
-    _read_locally(module, Shard(1), bias=axis.get_local_rank() == 0)
-    module.register_forward_hook(partial(_sum_output, axis, tokens))
-
-
-def whole(module: nn.Module, axis: DeviceMesh, gradient: Placement) -> None:
-    """What every rank has whole. `gradient` is Partial where each sees some of the tokens or heads, else Replicate."""
-    _place(module, axis, {name: Replicate() for name, _ in module.named_parameters()})
-    _read_locally(module, gradient)
-
-
-def vocabulary(module: nn.Module, axis: DeviceMesh) -> None:
-    """The head, which is never called: `VocabularyParallel` takes its rows."""
-    _place(module, axis, {"weight": Shard(0), "bias": Shard(0)})
-
-
-def embedding(module: nn.Module, axis: DeviceMesh, tokens: Placement) -> None:
-    """Each rank looks up the tokens whose rows it has; the others are zero until ranks are summed."""
-    _place(module, axis, {"weight": Shard(0)})
-    module.forward = partial(_look_up, module, axis, tokens)
+            module.register_forward_pre_hook(partial(_gather_input, axis, _tokens(sequence_parallel)))
 
 
 def _look_up(module: nn.Module, axis: DeviceMesh, tokens: Placement, tokens_T: Tensor) -> Tensor:
@@ -195,7 +223,7 @@ class VocabularyParallel:
 
     def gather(self, hidden_TD: Tensor) -> Tensor:
         """The hidden states of all tokens, of those of this rank [T / tp, D] or, without sequence parallelism, all."""
-        return _gathered(hidden_TD, self.axis, Shard(0) if self.sequence_parallel else Replicate())
+        return _gathered(hidden_TD, self.axis, _tokens(self.sequence_parallel))
 
     def cut(self, x_TD: Tensor) -> Tensor:
         """Of something about all T tokens what goes with this rank's residuals: noise on embeddings, for one."""
