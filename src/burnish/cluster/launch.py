@@ -1,0 +1,107 @@
+"""Which processes a run has: none but its own, Ray's, or those that torchrun or Slurm started; and starting again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from burnish.cluster.ranks import LocalRanks, LostRanks, Ranks
+from burnish.config import ClusterConfig
+
+LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def open_ranks(
+    config: ClusterConfig,
+    target: str,
+    args: tuple[Any, ...] = (),
+    *,
+    device: str,
+    logs: Path | None = None,
+    log_level: str = "info",
+    fits: Callable[[int], bool] | None = None,
+    meet: bool = True,
+) -> Ranks:
+    """The ranks of a run, each with an object `target(place, *args)`; `target` is its class as module:Class.
+
+    `device` is cpu or cuda; `logs` the folder of rank-N.log. `fits`, at a restart, says of a number of ranks whether
+    the recipe can be laid out over them, so that a run may go on with fewer. `meet` forms torch's process group, but in
+    a world of one. Raises RecipeError for what `config` cannot mean here, ClusterError for what does not come up.
+    """
+    from burnish.cluster.peers import PeerRanks, environment_world
+
+    common: dict[str, Any] = {"device": device, "logs": logs, "log_level": log_level, "meet": meet}
+    world = environment_world(os.environ)
+    if world is not None:
+        return PeerRanks(config, world, target, args, **common)
+    if is_local(config, device):
+        return LocalRanks(target, args, "cpu" if device == "cpu" else f"cuda:{(config.device_mapping or (0,))[0]}")
+    from burnish.cluster.ray_ranks import RayRanks
+
+    return RayRanks(config, target, args, fits=fits, **common)
+
+
+def is_local(config: ClusterConfig, device: str) -> bool:
+    """Whether the run is a world of one, which needs no process but the driver's. It looks at no other host."""
+    if config.address is not None:
+        return False
+    if config.device_mapping is not None:
+        return len(config.device_mapping) == 1
+    if config.devices_per_node != "auto":
+        return config.devices_per_node == 1
+    if device == "cpu":
+        return True
+    import torch
+
+    return torch.cuda.device_count() == 1
+
+
+def serve_as_peer(environment: Mapping[str, str]) -> int | None:
+    """In a process that torchrun or Slurm started as another rank than 0: serve rank 0's calls until it ends, and
+    return the exit status. None in every other process, which is the driver."""
+    from burnish.cluster.peers import environment_world, release_at_exit, serve
+
+    world = environment_world(environment)
+    if world is None:
+        return None
+    if world.rank == 0:
+        release_at_exit(world)
+        return None
+    return serve(world)
+
+
+def with_restarts(run_once: Callable[[int], T], max_restarts: int) -> T:
+    """What `run_once(number of restarts so far)` returns. Where it loses ranks it is called again, `max_restarts` times
+    at most; everything else that it raises goes through, for a second attempt would raise it again."""
+    restarts = 0
+    while True:
+        try:
+            return run_once(restarts)
+        except LostRanks as error:
+            if restarts == max_restarts:
+                if max_restarts:
+                    LOG.error("cluster.max_restarts=%d restarts are used up", max_restarts)
+                raise
+            restarts += 1
+            LOG.warning("%s", error)
+            LOG.warning("restart %d of %d, from the last checkpoint", restarts, max_restarts)
+
+
+def end_after(seconds: float, ranks: Ranks, status: int) -> threading.Timer:
+    """End ranks and driver with `status` when `seconds` have passed, unless the timer is cancelled before."""
+
+    def end() -> None:
+        LOG.error("not finished within cluster.grace=%g s: ending as it is", seconds)
+        ranks.kill()
+        os._exit(status)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    return timer

@@ -1,0 +1,276 @@
+"""Connects to Ray and finds hosts and devices for ranks: which there are, which are taken, and in what order."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from burnish.cluster.ranks import ClusterError, LostRanks
+from burnish.config import ClusterConfig, RecipeError
+
+if "ray" not in sys.modules:
+    # Read by Ray when it is imported: nothing is sent to its makers, and its own advice stays out of the log.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A node of Ray's. Hosts are ordered by address, and by name and port where several share one."""
+
+    address: tuple[int, ...]
+    name: str
+    port: int
+    id: str
+    ip: str
+    devices: int
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        return self.address, self.name, self.port
+
+
+@contextlib.contextmanager
+def connected(config: ClusterConfig, device: str) -> Iterator[None]:
+    """Ray, started here for this process alone or joined."""
+    folder = None
+    if config.address is None:
+        # This host's address is then loopback, so that nothing of it can be reached from elsewhere.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        folder = _own_folder()
+    import ray
+
+    handlers = logging.getLogger("ray"), logging.getLogger("ray").level
+    logging.getLogger("ray").setLevel("ERROR")
+    quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": "ERROR"}
+    try:
+        if folder is None:
+            namespace = f"burnish-{secrets.token_hex(4)}"
+            try:
+                ray.init(address=config.address, namespace=namespace, **quiet)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise ClusterError(
+                    f"cluster.address={config.address}: no Ray cluster answers there "
+                    f"({str(error).strip().splitlines()[0]}); start one with `ray start --head`, or set it to null"
+                ) from None
+        else:
+            devices = local_devices(config, device)
+            ray.init(
+                address="local",
+                num_cpus=devices,
+                object_store_memory=config.object_store_memory,
+                include_dashboard=False,
+                _temp_dir=str(folder[0]),
+                **quiet,
+            )
+        handlers[0].setLevel("ERROR")
+        yield
+    finally:
+        ray.shutdown()
+        handlers[0].setLevel(handlers[1])
+        if folder is not None:
+            shutil.rmtree(folder[0], ignore_errors=True)
+            folder[1].close()
+
+
+def _own_folder() -> tuple[Path, Any]:
+    """A folder for a Ray of our own, with the lock that says that it is in use; those of dead processes go."""
+    prefix = "burnish-ray-"
+    for stale in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with contextlib.suppress(OSError), (stale / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(stale, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    lock = (folder / "lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return folder, lock
+
+
+def local_devices(config: ClusterConfig, device: str) -> int:
+    """How many ranks a Ray of our own must hold."""
+    if config.device_mapping is not None:
+        return len(config.device_mapping)
+    if config.devices_per_node != "auto":
+        return config.devices_per_node
+    if device == "cpu":
+        return 1
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def hosts_of(resource: str) -> list[Host]:
+    """The hosts that are up and have any of `resource`, in order."""
+    import ray
+
+    hosts = [
+        Host(
+            address=_number(node["NodeManagerAddress"]),
+            name=node["NodeName"],
+            port=node["NodeManagerPort"],
+            id=node["NodeID"],
+            ip=node["NodeManagerAddress"],
+            devices=int(node["Resources"].get(resource, 0)),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return sorted((host for host in hosts if host.devices), key=lambda host: host.order)
+
+
+def _number(address: str) -> tuple[int, ...]:
+    """An address as numbers, so that 10.0.0.9 comes before 10.0.0.10."""
+    return tuple(socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address))
+
+
+def await_hosts(
+    config: ClusterConfig, resource: str, fits: Callable[[int], bool] | None, deadline: float
+) -> tuple[list[Host], int]:
+    """The hosts to run on and the ranks of each, once enough are up."""
+    patience = time.monotonic() + config.restart_wait
+    said = -float("inf")
+    while True:
+        hosts = hosts_of(resource)
+        per_host = _devices_per_node(config, hosts, resource)
+        able = [host for host in hosts if host.devices >= per_host]
+        if len(able) >= config.num_nodes:
+            return able, per_host
+        now = time.monotonic()
+        if fits is not None and now >= patience:
+            left = next((n for n in range(len(able), 0, -1) if fits(n * per_host)), None)
+            if left is not None:
+                LOG.warning(
+                    "%d of %d hosts are left: going on with %d ranks", len(able), config.num_nodes, left * per_host
+                )
+                return able[:left], per_host
+        if now >= deadline:
+            raise ClusterError(
+                f"cluster.num_nodes={config.num_nodes}: {len(able)} hosts with {per_host} {resource}s are up after "
+                f"cluster.wait={config.wait:g} s; start Ray on the others (ray start --address=HOST:PORT), or lower "
+                "cluster.num_nodes or cluster.devices_per_node"
+            )
+        if now - said >= 10:
+            said = now
+            LOG.info("waiting for hosts: %d of %d are up, %.0f s left", len(able), config.num_nodes, deadline - now)
+        time.sleep(0.5)
+
+
+def _devices_per_node(config: ClusterConfig, hosts: Sequence[Host], resource: str) -> int:
+    if config.devices_per_node != "auto":
+        return config.devices_per_node
+    if resource == "CPU":
+        # A mapping counts its devices host by host, and on a CPU a device is a process.
+        return 1 if config.device_mapping is None else -(-(max(config.device_mapping) + 1) // config.num_nodes)
+    numbers = {host.devices for host in hosts}
+    if len(numbers) > 1:
+        raise RecipeError(
+            f"cluster.devices_per_node=auto: hosts have {', '.join(map(str, sorted(numbers)))} CUDA devices; set it to "
+            f"{min(numbers)}"
+        )
+    return max(numbers, default=1)
+
+
+def place_actors(
+    rank_class: type,
+    config: ClusterConfig,
+    hosts: Sequence[Host],
+    per_host: int,
+    resource: str,
+    deadline: float,
+    opened: ExitStack,
+) -> list[tuple[Host, Any]]:
+    """An actor for every rank, in the order of ranks, each with its host.
+
+    Without a mapping Ray chooses hosts and devices: a bundle holds the devices of one host, so that its ranks lie
+    together. With one, rank i takes device mapping[i], counted over the hosts in order.
+    """
+    import ray
+    from ray import exceptions
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+    on_gpu = resource == "GPU"
+    environment = {name: str(value) for name, value in config.env.items()}
+    by_id = {host.id: host for host in hosts}
+    chosen: list[tuple[Any, str | None]] = []
+    if config.device_mapping is None:
+        num_nodes = min(config.num_nodes, len(hosts))
+        bundle: dict[str, float] = {"CPU": per_host, **({"GPU": per_host} if on_gpu else {})}
+        group = placement_group([bundle] * num_nodes, strategy="PACK" if num_nodes == 1 else "STRICT_SPREAD")
+        opened.callback(_quietly, remove_placement_group, group)
+        if not group.wait(max(1.0, deadline - time.monotonic())):
+            free = ray.available_resources()
+            raise ClusterError(
+                f"cluster.num_nodes={num_nodes} x {per_host} {resource}s are not free after cluster.wait="
+                f"{config.wait:g} s; free are {free.get(resource, 0):g} {resource}s and {free.get('CPU', 0):g} CPUs: "
+                "wait for other runs, or lower cluster.devices_per_node"
+            )
+        chosen = [
+            (PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle), None)
+            for bundle in range(num_nodes)
+            for _ in range(per_host)
+        ]
+    else:
+        if max(config.device_mapping) >= len(hosts) * per_host:
+            raise RecipeError(
+                f"cluster.device_mapping names device {max(config.device_mapping)}, and {len(hosts)} hosts with "
+                f"{per_host} {resource}s are devices 0 to {len(hosts) * per_host - 1}; name some of those"
+            )
+        # Ray would show other devices than those that the mapping names.
+        environment["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
+        for device in config.device_mapping:
+            host, local = divmod(device, per_host)
+            strategy = NodeAffinitySchedulingStrategy(hosts[host].id, soft=False)
+            chosen.append((strategy, str(local) if on_gpu else None))
+    actor_class: Any = ray.remote(rank_class)
+    actors = [
+        actor_class.options(
+            num_cpus=1,
+            num_gpus=1 if on_gpu else 0,
+            max_restarts=0,
+            scheduling_strategy=strategy,
+            runtime_env={"env_vars": environment} if environment else None,
+        ).remote()
+        for strategy, _ in chosen
+    ]
+    refs = [actor.identify.remote(devices) for actor, (_, devices) in zip(actors, chosen, strict=True)]
+    while len(up := ray.wait(refs, num_returns=len(refs), timeout=10)[0]) < len(refs):
+        LOG.info("waiting for ranks: %d of %d are up", len(up), len(refs))
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"{len(up)} of {len(refs)} ranks came up within cluster.wait={config.wait:g} s; look at Ray's logs, or "
+                "raise it"
+            )
+    try:
+        places = ray.get(refs)
+    except exceptions.RayError as error:
+        raise LostRanks(f"a rank's process did not come up: {error}") from None
+    placed = [(by_id[node], device, actor) for (node, device), actor in zip(places, actors, strict=True)]
+    if config.device_mapping is None:
+        placed = [placed[i] for i in rank_order([(host.order, device) for host, device, _ in placed])]
+    return [(host, actor) for host, _, actor in placed]
+
+
+def rank_order(places: Sequence[tuple[Any, int]]) -> list[int]:
+    """Indices of (host, device) pairs by host, then device: whatever order they come up in, ranks are the same."""
+    return sorted(range(len(places)), key=lambda i: (places[i], i))
+
+
+def _quietly(work: Callable[..., Any], *args: Any) -> None:
+    with contextlib.suppress(Exception):  # whatever Ray says once the cluster is gone
+        work(*args)

@@ -1,0 +1,176 @@
+"""What a driver sees of its ranks: calls to all of them, and what it raises when one fails. Starts no process.
+
+A world of one lies in the driver's own process, where a debugger works.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any, Protocol
+
+from burnish.types import UserError
+
+
+class ClusterError(UserError):
+    """Ranks that could not be started, failed, or do not answer."""
+
+
+class LostRanks(ClusterError):
+    """A process or host that is gone: the run may be started again from its last checkpoint."""
+
+
+class Pending(Protocol):
+    """A call that runs."""
+
+    def result(self) -> list[Any]:
+        """What it returned, by rank. Raises as `Ranks.call` does."""
+        ...
+
+
+class Ranks(Protocol):
+    """A world of processes, each of which holds one object.
+
+    A rank that raises a UserError raises it here; another exception is a ClusterError with rank, host and traceback. A
+    process that is gone is LostRanks. Ranks that do not answer within `cluster.timeout` are a ClusterError that says
+    where they are. After any of them no rank is left.
+    """
+
+    world_size: int
+
+    def call(self, method: str, *args: Any, by_rank: Sequence[Any] | None = None) -> list[Any]:
+        """What `method(*args)`, or `method(*args, by_rank[rank])`, of every rank's object returns, by rank.
+
+        A value that stands at several ranks of `by_rank`, as one object, travels once to each host at most.
+        """
+        ...
+
+    def start(self, method: str, *args: Any, by_rank: Sequence[Any] | None = None) -> Pending:
+        """The same without waiting. Calls run in the order in which they were started."""
+        ...
+
+    def close(self) -> None:
+        """End the ranks, once what was started is done."""
+        ...
+
+    def kill(self) -> None:
+        """End the ranks as they are. It may be called from any thread."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which rank an object is, and where. `device` is torch's name for it: cpu, cuda:0."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    host: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What went wrong on a rank; `exception` is pickled where that works."""
+
+    rank: int
+    host: str
+    pid: int
+    method: str
+    text: str
+    traceback: str
+    at: float
+    exception: bytes | None = None
+    is_lost: bool = False
+
+    @classmethod
+    def of(cls, error: BaseException, place: Place, method: str) -> Failure:
+        return cls(
+            rank=place.rank,
+            host=place.host,
+            pid=os.getpid(),
+            method=method,
+            text="".join(traceback.format_exception_only(error)).strip(),
+            traceback="".join(traceback.format_exception(error)),
+            at=time.time(),
+            exception=_pickled(error) if isinstance(error, UserError) else None,
+        )
+
+    @property
+    def is_echo(self) -> bool:
+        """Whether it only says that a peer went away in the middle of a collective."""
+        return bool(
+            re.match(r"(torch\.distributed\.\w*Dist\w*Error|RuntimeError: .*(gloo|NCCL|Connection))", self.text)
+        )
+
+
+def _pickled(error: BaseException) -> bytes | None:
+    try:
+        data = pickle.dumps(error)
+        pickle.loads(data)
+    except Exception:  # whatever a class of somebody's own raises when it is pickled
+        return None
+    return data
+
+
+def first(failures: Iterable[Failure]) -> Failure:
+    """The failure that the others follow from: a lost process, else the earliest that is no peer's echo."""
+    return min(failures, key=lambda failure: (not failure.is_lost, failure.is_echo, failure.at))
+
+
+def raise_failure(failure: Failure, log: str | None = None) -> None:
+    """Raise what the user sees of `failure`; `log` names the file where more may stand."""
+    if failure.exception is not None:
+        raise pickle.loads(failure.exception)
+    where = f"rank {failure.rank} on {failure.host} (pid {failure.pid})"
+    more = "" if log is None else f"\nits log: {log}"
+    if failure.is_lost:
+        raise LostRanks(f"{where} was lost in {failure.method}: {failure.text}{more}")
+    raise ClusterError(f"{where} failed in {failure.method}: {failure.text}\n{failure.traceback.rstrip()}{more}")
+
+
+class LocalRanks:
+    """A world of one, in this process. What its object raises goes through as it is."""
+
+    world_size = 1
+
+    def __init__(self, target: str, args: Sequence[Any], device: str) -> None:
+        self._object = resolve_name(target)(Place(0, 1, 0, socket.gethostname(), device), *args)
+
+    def call(self, method: str, *args: Any, by_rank: Sequence[Any] | None = None) -> list[Any]:
+        own = () if by_rank is None else (by_rank[0],)
+        return [getattr(self._object, method)(*args, *own)]
+
+    def start(self, method: str, *args: Any, by_rank: Sequence[Any] | None = None) -> Pending:
+        done: Future[list[Any]] = Future()
+        try:
+            done.set_result(self.call(method, *args, by_rank=by_rank))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+    def close(self) -> None:
+        pass
+
+    def kill(self) -> None:
+        pass
+
+
+def shared_values(by_rank: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    """The distinct objects of `by_rank`, and for every rank the index of its own among them."""
+    order: dict[int, int] = {}
+    indices = [order.setdefault(id(value), len(order)) for value in by_rank]
+    values = [by_rank[indices.index(index)] for index in range(len(order))]
+    return values, indices
+
+
+Progress = Callable[[str], None]
+"""Says a line about a start that takes its time."""
