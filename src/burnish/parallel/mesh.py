@@ -44,6 +44,11 @@ class Mesh:
         names = ("dp_replicate", "expert_dp") if self.degrees.dp_replicate > 1 else ("expert_dp",)
         return self._experts[names]
 
+    @property
+    def expert_parts(self) -> DeviceMesh:
+        """What experts are cut over: [ep, etp], or ep alone."""
+        return self._experts[("ep", "etp") if self.degrees.etp > 1 else ("ep",)]
+
     @cached_property
     def _tokens(self) -> DeviceMesh:
         sizes = tuple(getattr(self.degrees, axis) for axis in AXES)
