@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,7 @@ def inject(model: CausalLM, lora: LoraConfig, dtype: torch.dtype) -> None:
         if ".lora_" in name or name.rpartition(".")[0] in saved:
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(True)
-    # Only now, because peft would keep two copies of these modules. Whole names, because it takes any ending for a match.
+    # Only now, because peft would keep two copies of them. By whole names, because it takes any ending for a match.
     config.modules_to_save = sorted(saved) or None
 
 
@@ -138,32 +138,34 @@ def _near(target: str, names: set[str]) -> str:
     return f"take some of {', '.join(difflib.get_close_matches(target, ends, 3, 0.5) or ends)}"
 
 
+@dataclass(frozen=True)
 class Dora:
     """DoRA's forward (arXiv 2402.09353, equation 5, with the length of W + BA held constant for the gradient).
 
-    Unlike peft's it takes lengths in float32 at least, and makes no identity matrix. `scale_of` is for layouts: how the
-    factor of each row, made of the parameters, becomes one for the layer's output at hand.
+    Unlike peft's it takes lengths in float32 at least, and makes no identity matrix. The fields are for layouts.
     """
 
-    def __init__(self, scale_of: Callable[[Tensor], Tensor] = lambda scale_O: scale_O) -> None:
-        self.scale_of = scale_of
+    local: Callable[[Tensor], Tensor] = lambda parameter: parameter
+    """What is here of a parameter."""
+    total: Callable[[Tensor], Tensor] = lambda squares_O: squares_O
+    """Squared lengths of rows, of those of the columns that are here."""
 
     def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
-        """The layer's output with the adapter's part."""
+        """The layer's output with the adapter's part; `result` is that without."""
         base, scaling = module.get_base_layer(), module.scaling[active_adapter]
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         with torch.no_grad():
-            length_O = row_lengths(base.weight + scaling * (b.weight @ a.weight))
-        magnitude_O = module.lora_magnitude_vector[active_adapter].weight
-        scale_O = self.scale_of(magnitude_O / length_O).to(result.dtype)
-        bias = base.bias if base.bias is not None else 0.0
-        return scale_O * (result - bias + scaling * b(a(x))) + bias
+            weight_OI, a_RI, b_OR = (self.local(layer.weight) for layer in (base, a, b))
+            length_O = self.total(square_rows(weight_OI + scaling * (b_OR @ a_RI))).sqrt()
+        magnitude_O = self.local(module.lora_magnitude_vector[active_adapter].weight)
+        scale_O = (magnitude_O / length_O).to(result.dtype)
+        bias_O = 0.0 if base.bias is None else self.local(base.bias)
+        return scale_O * (result - bias_O + scaling * b(a(x))) + bias_O
 
 
-def row_lengths(weight_OI: Tensor) -> Tensor:
-    """The Euclidean length of every row, in float32 (float64 where the weight is)."""
-    wide_OI = weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32))
-    return wide_OI.square().sum(1).sqrt()
+def square_rows(weight_OI: Tensor) -> Tensor:
+    """The squared Euclidean length of every row, in float32 (float64 where the weight is)."""
+    return weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32)).square().sum(1)
 
 
 @torch.no_grad()
@@ -186,7 +188,7 @@ def initialise_adapters(model: CausalLM, seed: int, write: Callable[[Tensor, Ten
         write(a, drawn)
         b.zero_()
         if config.use_dora:
-            layer.lora_magnitude_vector[NAME].weight.copy_(row_lengths(layer.get_base_layer().weight))
+            layer.lora_magnitude_vector[NAME].weight.copy_(square_rows(layer.get_base_layer().weight).sqrt())
 
 
 def read_adapter(
@@ -259,6 +261,9 @@ def write_adapter(
     # peft keeps a tied weight tied only if told so, and wants it in the file by both of its names.
     ties = {alias: target for alias, target in model.aliases.items() if target in tensors}
     exported = replace(config, base_model_name_or_path=base_model, inference_mode=True, ensure_weight_tying=bool(ties))
+    exported.target_modules = sorted(
+        config.target_modules or ()
+    )  # peft's set would be written in another order each time
     exported.save_pretrained(str(folder))
     state = {stored_name(name): t.detach().to("cpu", dtype).contiguous() for name, t in tensors.items()}
     state |= {stored_name(alias): state[stored_name(target)].clone() for alias, target in ties.items()}
@@ -285,5 +290,5 @@ def merge(
         merged = weight.to(wide) + scaling * (b @ a)
         if config.use_dora:
             magnitude = adapters[f"{layer}.lora_magnitude_vector.{NAME}.weight"].to(wide)
-            merged *= (magnitude / row_lengths(merged))[:, None]
+            merged *= (magnitude / square_rows(merged).sqrt())[:, None]
         yield name, merged

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
-from burnish.model import hf_io
-from burnish.model.base import CausalLM
+from burnish.model import hf_io, lora
+from burnish.model.base import CausalLM, saved_buffers
 from burnish.model.hf_io import Box, whole
 
 
@@ -162,8 +162,8 @@ def _sent(local: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def gather_full(model: CausalLM, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """All parameters on rank 0, by their names in the model, and nothing elsewhere. All ranks call it."""
-    return dict(gather(dict(model.named_parameters()), dtype))
+    """All that a model saves, on rank 0 by its names in the model, and nothing elsewhere. All ranks call it."""
+    return dict(gather(dict(model.named_parameters()) | saved_buffers(model), dtype))
 
 
 def export(
@@ -174,13 +174,34 @@ def export(
     max_shard_bytes: int = 5 * 10**9,
     device: torch.device | None = None,
 ) -> None:
-    """Write config.json and safetensors into `folder`, which rank 0 sees. All ranks call it.
+    """Write config.json and safetensors into `folder`, which rank 0 sees, with adapters added in. All ranks call it.
 
-    Rank 0 holds one file's tensors at a time. `order` are the names of the whole model, where ranks have stages of it.
+    Rank 0 holds one file's tensors at a time. `order` are the names of the whole model, where ranks have stages of it,
+    and `device` is that of `gather`.
     """
-    tensors = gather(hf_io.named_weights(model), dtype, order, device)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        hf_io.write_model(folder, model.config, tensors, dtype, max_shard_bytes)
+    is_adapted = lora.peft_config(model) is not None
+    adapters = dict(gather(lora.trained(model), device=device)) if is_adapted else {}
+    weights = gather(hf_io.named_weights(model), None if is_adapted else dtype, order, device)
+    if _is_first():
+        merged = lora.merge(weights, model, adapters) if is_adapted else weights
+        hf_io.write_model(folder, model.config, hf_io.as_stored(model, merged), dtype, max_shard_bytes)
     else:
-        for _ in tensors:
-            pass
+        _take(weights)
+
+
+def export_adapter(
+    model: CausalLM, folder: Path, dtype: torch.dtype, base_model: str | None, device: torch.device | None = None
+) -> None:
+    """Write the adapters into `folder`, which rank 0 sees, in peft's format. All ranks call it."""
+    tensors = dict(gather(lora.trained(model), dtype, device=device))
+    if _is_first():
+        lora.write_adapter(folder, model, tensors, dtype, base_model)
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _take(tensors: Iterator[tuple[str, Tensor]]) -> None:
+    for _ in tensors:
+        pass

@@ -199,9 +199,9 @@ def test_an_adapter_that_peft_wrote_goes_on_here(tmp_path: Path):
         ({"targets": ("q_proj",)}, "unexpected: base_model.model.model.layers.0.mlp.*set lora.targets"),
     ],
 )
-def test_another_adapter_than_the_recipe_describes_is_refused(changes: dict, message: str, tmp_path: Path):
+def test_another_adapter_than_the_recipe_describes_is_refused(changes: dict[str, Any], message: str, tmp_path: Path):
     _, adapter = write(adapted_model(KINDS[0]), KINDS[0], tmp_path)
-    lora = LoraConfig(**{"rank": 4, "alpha": 8} | changes)
+    lora = LoraConfig.model_validate({"rank": 4, "alpha": 8, **changes})
     model = native_model(tiny_config("qwen2"), torch.float64)
     inject(model, lora, torch.float64)
     with pytest.raises(UserError, match=message):
@@ -213,7 +213,7 @@ def test_a_folder_without_an_adapter_and_a_foreign_one_are_named(tmp_path: Path)
     base, adapter = write(adapted_model(lora), lora, tmp_path)
     model = native_model(tiny_config("qwen2"), torch.float64)
     inject(model, lora, torch.float64)
-    with pytest.raises(UserError, match="has no adapter_config.json"):
+    with pytest.raises(UserError, match=r"has no adapter_config\.json"):
         read_adapter(str(base), model, lora)
     file = adapter / "adapter_config.json"
     written = json.loads(file.read_text())
@@ -232,14 +232,14 @@ def test_a_folder_without_an_adapter_and_a_foreign_one_are_named(tmp_path: Path)
         ({"modules_to_save": ("embed",)}, "ends no name of a module with weights; take some of embed_tokens"),
     ],
 )
-def test_targets_that_cannot_be_are_named(settings: dict, message: str):
+def test_targets_that_cannot_be_are_named(settings: dict[str, Any], message: str):
     model = native_model(tiny_config("qwen3", tie_word_embeddings=False), torch.float32)
     with pytest.raises(UserError, match=message):
         inject(model, LoraConfig(**settings), torch.float32)
 
 
 def test_a_tied_head_is_saved_as_the_embedding():
-    with pytest.raises(UserError, match="it is tied to model.embed_tokens, so name that"):
+    with pytest.raises(UserError, match=r"it is tied to model\.embed_tokens, so name that"):
         inject(native_model(tiny_config(), torch.float32), LoraConfig(modules_to_save=("lm_head",)), torch.float32)
 
 
@@ -260,5 +260,5 @@ def test_checkpoints_without_adapters_resume_and_adapters_are_a_change():
     plain, adapted = (altering_keys(recipe_from_dict(t)) for t in (tree, {**tree, "lora": {"rank": 8}}))
     saved = {key: value for key, value in plain.items() if key != "lora"}
     assert check_resumable({"recipe": saved}, {"recipe": plain}, False, "there") == []
-    with pytest.raises(UserError, match="lora.rank"):
+    with pytest.raises(UserError, match=r"lora\.rank"):
         check_resumable({"recipe": saved}, {"recipe": adapted}, False, "there")
