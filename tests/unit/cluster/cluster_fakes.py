@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,11 @@ class Fake:
     def place(self) -> tuple[int, int, int, int]:
         return self.place_.rank, self.place_.world_size, self.place_.local_rank, os.getpid()
 
-    def host(self) -> str:
-        return self.place_.host
+    def node(self) -> str:
+        """Ray's name of this host."""
+        import ray
+
+        return ray.get_runtime_context().get_node_id()
 
     def environment(self, *names: str) -> list[str | None]:
         return [os.environ.get(name) for name in names]
@@ -90,7 +92,3 @@ class Fake:
             if self.place_.rank == 0:
                 saved.write_text(str(step))
         return start
-
-
-def use_path() -> None:
-    sys.path.insert(0, str(Path(__file__).parent))

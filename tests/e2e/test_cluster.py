@@ -1,0 +1,284 @@
+"""Ranks as Ray's actors, over two hosts on one machine: order, data, and what every kind of fault comes to."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+FAKES = Path(__file__).parents[1] / "unit" / "cluster"
+sys.path.insert(0, str(FAKES))
+
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # read at Ray's import: loopback alone
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+from burnish.cluster.launch import open_ranks, with_restarts  # noqa: E402
+from burnish.cluster.ranks import ClusterError, LostRanks  # noqa: E402
+from burnish.config import ClusterConfig, RecipeError  # noqa: E402
+
+MARK = "BURNISH_TEST_MARK"
+STORE = 80_000_000
+
+
+class Hosts:
+    """Ray nodes of two cores each on this machine."""
+
+    def __init__(self, number: int) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.cluster = Cluster()
+        for _ in range(number):
+            self.add()
+
+    def add(self) -> Any:
+        return self.cluster.add_node(num_cpus=2, object_store_memory=STORE, include_dashboard=False)
+
+    def open(self, *args: Any, fits: Any = None, logs: Path | None = None, meet: bool = False, **keys: Any) -> Any:
+        config = ClusterConfig(address=self.cluster.address, **{"timeout": 60.0, "wait": 60.0, **keys})
+        return open_ranks(config, "cluster_fakes:Fake", args, device="cpu", logs=logs, meet=meet, fits=fits)
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    hosts = Hosts(2)
+    yield hosts
+    hosts.cluster.shutdown()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def await_end(pids: list[int], seconds: float = 30.0) -> list[int]:
+    """Those of `pids` that live after that long."""
+    deadline = time.monotonic() + seconds
+    while (left := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def pids_of(ranks: Any) -> list[int]:
+    return [place[3] for place in ranks.call("place")]
+
+
+def test_ranks_over_two_hosts_share_values_and_form_a_group(hosts: Hosts, tmp_path: Path) -> None:
+    ranks = hosts.open(num_nodes=2, env={"OF_RANK": 7}, meet=True, logs=tmp_path / "logs")
+    with contextlib.closing(ranks):
+        pids = pids_of(ranks)
+        assert [place[:3] for place in ranks.call("place")] == [(0, 2, 0), (1, 2, 0)]
+        assert ranks.call("environment", "OF_RANK") == [["7"], ["7"]]
+        assert ranks.call("total", 1.0) == [3.0, 3.0]
+        first, second = {"x": np.arange(4, dtype=np.int32)}, {"x": np.ones(1000, np.float32)}
+        assert ranks.call("arrays", by_rank=[first, second]) == [6.0, 1000.0]
+        assert ranks.call("arrays", by_rank=[second, second]) == [1000.0, 1000.0]
+        pending = [ranks.start("echo", number) for number in range(3)]
+        assert [call.result() for call in pending] == [[(number,)] * 2 for number in range(3)]
+        ranks.call("say", "hello")
+    assert not await_end(pids)
+    log = (tmp_path / "logs" / "rank-1.log").read_text()
+    for part in ("printed hello 1", "written hello 1", "logged hello 1", "object made", "joined the process group"):
+        assert part in log
+
+
+def test_the_console_shows_the_driver_and_rank_0(
+    hosts: Hosts, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level(logging.INFO, "burnish"), contextlib.closing(hosts.open(num_nodes=2, logs=tmp_path)) as ranks:
+        ranks.call("say", "hello")
+        deadline = time.monotonic() + 10
+        while "logged hello 0" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert "logged hello 0" in caplog.text
+    assert "logged hello 1" not in caplog.text
+    phases = [record.getMessage() for record in caplog.records if record.name == "burnish.cluster.phases"]
+    for part in ("placement: 2 ranks on 2 hosts", "ranks up", "every rank ready", "object made"):
+        assert any(part in line for line in phases), part
+    assert any("rank 0 pid" in line for line in phases)
+    assert "hello" not in "".join(capfd.readouterr())
+
+
+def test_a_device_mapping_orders_ranks(hosts: Hosts) -> None:
+    with contextlib.closing(hosts.open(num_nodes=2, devices_per_node=2, device_mapping=[3, 0])) as ranks:
+        mapped = ranks.call("node")
+    with contextlib.closing(hosts.open(num_nodes=2, devices_per_node=2, device_mapping=[0, 3])) as ranks:
+        assert ranks.call("node") == mapped[::-1]
+    assert len(set(mapped)) == 2
+    with pytest.raises(RecipeError, match="names device 9"):
+        hosts.open(num_nodes=2, device_mapping=[9], devices_per_node="auto", wait=5.0).close()
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "parts"),
+    [
+        (("fail", 1, "user"), "Mended", ["set a.b to 1"]),
+        (("fail", 1, "other"), "ClusterError", ["rank 1 on 127.0.0.1", "KeyError: 'missing-key'", "cluster_fakes.py"]),
+        (("die", 1), "LostRanks", ["rank 1 on 127.0.0.1", "lost in die"]),
+        (("hang", 1), "ClusterError", ["hang hangs", "rank 1 of 2", "stuck_here", "cluster.timeout=3 s"]),
+    ],
+)
+def test_the_first_failure_is_shown_and_ends_all(
+    hosts: Hosts, tmp_path: Path, call: tuple[Any, ...], kind: str, parts: list[str]
+) -> None:
+    ranks = hosts.open(num_nodes=2, logs=tmp_path, timeout=3.0)
+    pids = pids_of(ranks)
+    with pytest.raises(Exception, match="") as raised:
+        ranks.call(*call)
+    assert type(raised.value).__name__ == kind
+    for part in parts:
+        assert part in str(raised.value)
+    assert not await_end(pids)
+    if call[0] == "hang":
+        assert "stuck_here" in (tmp_path / "rank-1.log").read_text()
+        assert "Thread 0x" in (tmp_path / "rank-0.log").read_text()
+
+
+def test_an_object_that_cannot_be_made(hosts: Hosts) -> None:
+    with pytest.raises(ClusterError, match=r"rank [01] on .* failed in start: ValueError: no object on rank"):
+        hosts.open("broken", num_nodes=2)
+
+
+def test_a_lost_rank_restarts_the_run_from_where_it_stood(hosts: Hosts, tmp_path: Path) -> None:
+    starts = []
+
+    def once(restarts: int) -> list[int]:
+        with contextlib.closing(hosts.open("note", str(tmp_path), num_nodes=2, meet=True)) as ranks:
+            starts.append(restarts)
+            return ranks.call("count", restarts)
+
+    assert with_restarts(once, 1) == [2, 2]
+    assert starts == [0, 1]
+    assert (tmp_path / "saved").read_text() == "4"
+
+
+def test_a_host_that_comes_late_and_one_that_is_lost(hosts: Hosts, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ClusterError, match=r"cluster.num_nodes=3: 2 hosts .* cluster.wait=1 s"):
+        hosts.open(num_nodes=3, wait=1.0)
+    late: list[Any] = []
+    timer = threading.Timer(2.0, lambda: late.append(hosts.add()))
+    timer.start()
+    with caplog.at_level(logging.INFO, "burnish"):
+        ranks = hosts.open(num_nodes=3)
+    timer.join()
+    assert "waiting for hosts: 2 of 3 are up" in caplog.text
+    assert ranks.world_size == 3
+    pids = pids_of(ranks)
+    os.kill(late[0].all_processes["raylet"][0].process.pid, signal.SIGKILL)
+    with pytest.raises(LostRanks, match="was lost in hang"):
+        ranks.call("hang", 2)
+    assert not await_end(pids)
+    hosts.cluster.remove_node(late[0], allow_graceful=False)
+    # A layout that takes an even number of ranks alone goes on with the two hosts that are left.
+    with contextlib.closing(hosts.open(num_nodes=3, restart_wait=0.5, fits=lambda world: world % 2 == 0)) as ranks:
+        assert ranks.world_size == 2
+        assert "going on with 2 ranks" in caplog.text
+
+
+DRIVER = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from burnish.cluster.launch import open_ranks
+from burnish.config import ClusterConfig
+keys = eval(sys.argv[2])
+if __name__ == "__main__":
+    ranks = open_ranks(ClusterConfig(object_store_memory=80_000_000, **keys), "cluster_fakes:Fake", device="cpu",
+                       logs=Path(sys.argv[3]), meet=False)
+    print("ready", *[place[3] for place in ranks.call("place")], flush=True)
+    ranks.call(*sys.argv[4:5], *[int(a) for a in sys.argv[5:]])
+"""
+
+
+@contextlib.contextmanager
+def driver(keys: dict[str, Any], logs: Path, *call: str) -> Iterator[tuple[subprocess.Popen[str], list[int], str]]:
+    """A driver in a process of its own, the pids of its ranks, and the mark by which to find what it started."""
+    mark = secrets.token_hex(8)
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(FAKES), repr(keys), str(logs), *call],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        words: list[str] = []
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            words = line.split()
+            if words[:1] == ["ready"]:
+                break
+        assert words[:1] == ["ready"], "".join(said)
+        yield process, [int(word) for word in words[1:]], mark
+    finally:
+        process.kill()
+        process.wait()
+
+
+def marked(mark: str) -> list[int]:
+    """Processes that descend from one with the mark in its environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+def test_no_process_outlives_a_driver_that_is_killed(tmp_path: Path) -> None:
+    with driver({"devices_per_node": 2}, tmp_path, "hang", "0") as (process, ranks, mark):
+        running = marked(mark)
+        assert set(ranks) <= set(running)
+        assert len(running) > 4  # Ray's own among them
+        process.kill()
+        process.wait()
+        assert not await_end(marked(mark))
+
+
+def test_ranks_in_a_cluster_end_with_a_driver_that_is_killed(hosts: Hosts, tmp_path: Path) -> None:
+    keys = {"address": hosts.cluster.address, "num_nodes": 2}
+    with driver(keys, tmp_path, "hang", "0") as (process, ranks, _):
+        process.kill()
+        process.wait()
+        assert not await_end(ranks)
+
+
+@pytest.mark.slow
+def test_jobs_side_by_side_on_one_host(tmp_path: Path) -> None:
+    with (
+        driver({"devices_per_node": 2}, tmp_path / "a", "hang", "0") as (_, one, _),
+        driver({"devices_per_node": 2}, tmp_path / "b", "echo", "0") as (second, two, mark),
+    ):
+        assert not set(one) & set(two)
+        assert second.wait(60) == 0
+        assert not await_end(marked(mark))
+        assert all(is_alive(pid) for pid in one)
+
+
+@pytest.mark.slow
+def test_a_head_that_is_killed_ends_the_run(tmp_path: Path) -> None:
+    with driver({"devices_per_node": 2, "timeout": 120.0}, tmp_path, "hang", "0") as (process, _, mark):
+        heads = [pid for pid in marked(mark) if b"gcs_server" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(heads) == 1
+        os.kill(heads[0], signal.SIGKILL)
+        assert process.stdout is not None
+        output = process.stdout.read()
+        assert process.wait(60) != 0
+        assert "the head of the Ray cluster" in output
+        assert not await_end(marked(mark))
