@@ -184,14 +184,21 @@ def _read_locally(module: nn.Module, gradient: Placement, bias: bool | None = No
     summed over ranks with the output: it is read where it is true, and zero elsewhere.
     """
     names = tuple(name for name, _ in module.named_parameters())
-    # The same module to all others, FSDP among them, and to itself one with other properties.
-    view = object.__new__(_local_reader(type(module), names, gradient, bias))
+    outside, inside = _readers(type(module), names, gradient, bias)
+    # The same module to all others, FSDP among them, and to its own forward one with other properties.
+    view = object.__new__(inside)
     object.__setattr__(view, "__dict__", module.__dict__)
-    module.forward = partial(type(module).forward, view)
+    object.__setattr__(module, "_view", view)
+    module.__class__ = outside
 
 
-@cache  # one class for all layers, for torch.compile compiles anew for another
-def _local_reader(kind: type[nn.Module], names: tuple[str, ...], gradient: Placement, bias: bool | None) -> type:
+@cache  # The same classes in all layers, because torch.compile compiles anew for others.
+def _readers(kind: type[Any], names: tuple[str, ...], gradient: Placement, bias: bool | None) -> tuple[type, type]:
+    """Classes of a module of `kind` to others, and to itself."""
+
+    def forward(module: Any, *inputs: Any) -> Any:
+        return kind.forward(module._view, *inputs)
+
     def reader(name: str) -> property:
         def read(module: nn.Module) -> Tensor:
             parameter = cast(DTensor, module._parameters[name])
@@ -201,7 +208,8 @@ def _local_reader(kind: type[nn.Module], names: tuple[str, ...], gradient: Place
 
         return property(read)
 
-    return type(kind.__name__, (kind,), {name: reader(name) for name in names})
+    inside = type(kind.__name__, (kind,), {name: reader(name) for name in names})
+    return type(kind.__name__, (kind,), {"forward": forward}), inside
 
 
 def _first_row(weight_VD: DTensor, axis: DeviceMesh) -> int:
