@@ -123,6 +123,10 @@ def compute_grouped(rows_RD: Tensor, counts_E: Tensor, gate_up_E2FD: Tensor, dow
     return functional.grouped_mm(functional.silu(gate_RF) * up_RF, down_EDF.transpose(1, 2), offs=ends_E)
 
 
+compute_grouped_eagerly = _never_compiled(compute_grouped)
+"""torch.compile knows grouped matmuls in bf16 alone."""
+
+
 @_never_compiled
 def compute_one_by_one(rows_RD: Tensor, counts_E: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
     """`Compute` by plain matmuls, expert by expert: any type and size."""
@@ -135,9 +139,11 @@ def choose_compute(dtype: torch.dtype, device: torch.device | str, *sizes: int) 
 
     bf16 is known everywhere, float32 and fp16 on a CPU alone.
     """
-    is_known = dtype == torch.bfloat16 or (torch.device(device).type == "cpu" and dtype != torch.float64)
-    is_aligned = all(size * dtype.itemsize % 16 == 0 for size in sizes)
-    return compute_grouped if is_known and is_aligned else compute_one_by_one
+    if dtype == torch.float64 or any(size * dtype.itemsize % 16 for size in sizes):
+        return compute_one_by_one
+    if dtype == torch.bfloat16:
+        return compute_grouped
+    return compute_grouped_eagerly if torch.device(device).type == "cpu" else compute_one_by_one
 
 
 class Experts(nn.Module):
