@@ -27,47 +27,61 @@ from torch.distributed.tensor import DTensor
 from burnish.config import ParallelConfig
 from burnish.model.base import CausalLM
 from burnish.parallel.execution import merge
-from burnish.parallel.stages import Part, num_micro_batches, rank_of
+from burnish.parallel.stages import SPLIT, Part, num_micro_batches, rank_of
 from burnish.types import Batch, Documents, Stats
 
 LAYERS, NORM, HEAD = "model.layers", "model.norm", "lm_head"
 EMBEDDING = "model.embed_tokens"
-TIED = f"{EMBEDDING}.weight"
-"""The parameter that the first and the last part both hold where the head is the embedding."""
+COPY = f"{HEAD}.weight"
+"""Where the head is the embedding: the last part's copy of its weight, under the name that `aliases` has for it."""
 
 ScoreAndLoss = Callable[[Tensor, Batch], tuple[Tensor, Stats]]
 """Final hidden states [T, D] of a batch to the sum of its weighted losses and its statistics."""
 
 
-class TiedHead(nn.Module):
-    """Stands for the embedding in the last part: passes hidden states on, and holds the head's copy of the weight."""
+class HeadAsEmbedding(nn.Module):
+    """Stands for the embedding where a model takes its head from there: lets hidden states through, and has the weight
+    of `head`, which it does not own."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, head: nn.Module) -> None:
         super().__init__()
-        self.weight = weight
+        self._head = (head,)  # in a tuple it is no submodule
+
+    @property
+    def weight(self) -> Any:
+        return self._head[0].weight
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
         return hidden_TD
+
+
+def is_tied(model: CausalLM) -> bool:
+    return COPY in model.aliases
 
 
 def keep_part(model: CausalLM, part: Part) -> CausalLM:
     """Trim `model`, built on meta for this part alone, to the modules of `part` under their names; returns it.
 
     What passes for tokens in all parts but the first are the hidden states [T, D] of the part before; absent modules
-    let them through. Layers that are not there leave no gap in `model.layers`, whose keys are kept.
+    let them through. Layers that are not there leave no gap in `model.layers`, whose keys are kept. A tied head becomes
+    a parameter of its own in the last part, `COPY`, which `refresh_tied` fills, and which is trained if the embedding
+    is: freeze parameters first.
     """
     layers, kept = model.get_submodule(LAYERS), nn.ModuleList()
     for index in part.layers:
         kept.add_module(str(index), layers.get_submodule(str(index)))
     model.set_submodule(LAYERS, kept)
-    is_tied = TIED in model.aliases.values()
-    if not part.is_first:
-        weight = model.get_parameter(TIED)
-        model.set_submodule(EMBEDDING, TiedHead(weight) if part.is_last and is_tied else nn.Identity())
+    absent = [] if part.is_first else [EMBEDDING]
     if not part.is_last:
-        model.set_submodule(NORM, nn.Identity())
-        if not is_tied:
-            model.set_submodule(HEAD, nn.Identity())
+        absent += [NORM] if is_tied(model) else [NORM, HEAD]
+    elif is_tied(model) and not part.is_first:
+        head = nn.Module()
+        head.weight = model.get_submodule(EMBEDDING).weight
+        model.add_module(HEAD, head)
+        model.set_submodule(EMBEDDING, HeadAsEmbedding(head))
+        absent.remove(EMBEDDING)
+    for name in absent:
+        model.set_submodule(name, nn.Identity())
     return model
 
 
@@ -80,29 +94,29 @@ def own_parameters(stages: Mapping[Part, CausalLM]) -> dict[str, nn.Parameter]:
         name: parameter
         for part, model in stages.items()
         for name, parameter in model.named_parameters()
-        if part.is_first or name != TIED
+        if name != COPY or not is_tied(model)
     }
 
 
-def fill_up(batches: Sequence[Batch], parallel: ParallelConfig) -> list[Batch]:
-    """`batches` and as many of one untrained token as the schedule asks for; neither loss nor gradient has part of
-    them."""
+def fill_up(batches: Sequence[Batch], parallel: ParallelConfig, num_tokens: int = 1) -> list[Batch]:
+    """`batches`, and as many of padding alone, `num_tokens` each, as the schedule asks for in addition."""
     missing = num_micro_batches(parallel, len(batches)) - len(batches)
-    return [*batches, *[_untrained(batches[0].tokens_T.device)] * missing]
+    return [*batches, *[_padding(num_tokens, batches[0].tokens_T.device)] * missing]
 
 
-def _untrained(device: torch.device) -> Batch:
-    none_K, zero_T = torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    weights_K = torch.zeros(0, dtype=torch.float64, device=device)
+def _padding(num_tokens: int, device: torch.device) -> Batch:
+    nothing_K = torch.zeros(0, dtype=torch.int64, device=device)
+    no_weights_K = torch.zeros(0, dtype=torch.float64, device=device)
+    bounds = torch.tensor([0, num_tokens], dtype=torch.int32, device=device)
     return Batch(
-        tokens_T=zero_T,
-        positions_T=zero_T,
-        documents=Documents(torch.tensor([0, 1], dtype=torch.int32, device=device), (1,)),
-        trained_K=none_K,
-        targets_K=none_K,
-        weights_K=weights_K,
-        raw_weights_K=weights_K,
-        sources_K=none_K,
+        tokens_T=torch.zeros(num_tokens, dtype=torch.int64, device=device),
+        positions_T=torch.arange(num_tokens, device=device),
+        documents=Documents(bounds, (num_tokens,), has_padding=True),
+        trained_K=nothing_K,
+        targets_K=nothing_K,
+        weights_K=no_weights_K,
+        raw_weights_K=no_weights_K,
+        sources_K=nothing_K,
         sources=(),
         samples=(),
     )
@@ -146,7 +160,7 @@ class PipelineEngine:
         self.rows = rows
         self.work: _Work | None = None
         self._schedules: dict[tuple[int, bool], Any] = {}
-        if parallel.pp_schedule in ("interleaved_zero_bubble", "zbv_zero_bubble"):
+        if parallel.pp_schedule in SPLIT:
             for model in stages.values():
                 if isinstance(model, FSDPModule):
                     # torch looks for the whole weights in the module when it computes their gradients.
@@ -255,11 +269,11 @@ class PipelineEngine:
 
     def _tied(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
         """The embedding and the head's copy of it, each where it is on this rank and they are tied."""
-        first, last = (
-            model.get_parameter(TIED) if model is not None and TIED in model.aliases.values() else None
-            for model in (self.first, self.last)
+        embedding, copy = (
+            model.get_parameter(name) if model is not None and is_tied(model) else None
+            for model, name in ((self.first, f"{EMBEDDING}.weight"), (self.last, COPY))
         )
-        return first, last
+        return embedding, copy
 
     @property
     def _last_rank(self) -> int:

@@ -87,6 +87,23 @@ def num_micro_batches(parallel: ParallelConfig, num: int) -> int:
             return next(n for n in itertools.count(num) if n % max(1, n // parallel.pp) == 0)
 
 
+SPLIT = ("interleaved_zero_bubble", "zbv_zero_bubble")
+"""Schedules that compute the gradients of weights apart from those of activations, so backward comes twice."""
+
+
+def check_split(parallel: ParallelConfig, recompute: str, is_compiled: bool) -> None:
+    """Raises RecipeError where the schedule goes backward twice through what allows it once."""
+    if parallel.pp == 1 or parallel.pp_schedule not in SPLIT:
+        return
+    once = "train.recompute=selective" if recompute == "selective" else "train.compile" if is_compiled else None
+    if once:
+        raise RecipeError(
+            f"parallel.pp_schedule={parallel.pp_schedule} computes the gradients of weights apart from those of "
+            f"activations, and {once} goes backward once; turn that off, or set parallel.pp_schedule to "
+            "interleaved_1f1b"
+        )
+
+
 def split_layers(
     costs: Sequence[float],
     num_parts: int,
