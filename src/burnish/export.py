@@ -1,4 +1,5 @@
-"""A checkpoint as a Hugging Face folder: weights, configuration, tokenizer with its template, and a card of the run.
+"""A checkpoint as a Hugging Face folder: weights or adapters, configuration, tokenizer with its template, and a card of
+the run.
 
 The weights are written by whoever knows the model; here they are completed into a folder that loads anywhere.
 """
@@ -31,10 +32,13 @@ class Card:
     recipe: str
     """The resolved recipe, YAML."""
     versions: Mapping[str, str]
+    is_adapter: bool = False
+    """Whether the folder holds adapters to the base model alone."""
 
     def text(self) -> str:
         """The card as README.md: YAML front matter that the Hugging Face hub reads, and Markdown."""
-        front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [burnish, sft]"]
+        library = "peft" if self.is_adapter else "transformers"
+        front = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [burnish, sft]"]
         if self.base_model is not None and "/" in self.base_model and not Path(self.base_model).exists():
             front.append(f"base_model: {self.base_model}")
         loss = [] if self.held_out_loss is None else [f"| held-out loss | {self.held_out_loss:.4f} |"]
@@ -48,7 +52,8 @@ class Card:
             "",
             f"# {self.name}",
             "",
-            f"Fine-tuned by burnish from {'random weights' if self.base_model is None else f'`{self.base_model}`'}.",
+            f"{'Adapters trained' if self.is_adapter else 'Fine-tuned'} by burnish from "
+            f"{'random weights' if self.base_model is None else f'`{self.base_model}`'}.",
             "",
             "| | |",
             "|---|---|",
@@ -79,8 +84,9 @@ def write_export(
 ) -> Path:
     """Write `folder` as a whole or not at all, over an older one; returns it.
 
-    `write_weights` fills a folder with config.json and safetensors, `tokenizer` is transformers' own with the template
-    it was trained with, and `generation` the model's generation_config, whose eos becomes `stop_ids`.
+    `write_weights` fills a folder with config.json and safetensors, or with adapters in peft's format; `tokenizer` is
+    transformers' own with the template it was trained with, and `generation` the model's generation_config, whose eos
+    becomes `stop_ids`.
     """
     settings = dict(generation or {}) | {"eos_token_id": stop_ids[0] if len(stop_ids) == 1 else list(stop_ids)}
     if not stop_ids:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from burnish.model.base import CausalLM
+from burnish.files import read_object
+from burnish.model.base import CausalLM, saved_buffers
 from burnish.model.hf_io import find_folder
 from burnish.model.hf_model import HFModel, config_of, read_inner
+from burnish.model.lora import put_adapters_like
 from burnish.types import UserError
 
 Turn = dict[str, Any]
@@ -30,24 +33,35 @@ BATCH_SIZE = 8
 """Prompts answered together."""
 
 
-def as_hf_model(model: CausalLM) -> PreTrainedModel:
+def as_hf_model(model: CausalLM, weights: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
     """The model as one of `transformers`, over the same memory: what training writes, it reads.
 
-    An HFModel gives its inner model, good for answers until its next forward.
+    `weights` are all that the model saves by its own names, where ranks hold parts of it (`parallel.weights`'
+    `gather_full`); by default its own. Adapters stay adapters. An HFModel whose own weights are taken gives its inner
+    model, good for answers until its next forward.
     """
-    if isinstance(model, HFModel):
+    if weights is None and isinstance(model, HFModel):
         return model.for_generation()
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    example = next(iter(parameters.values()))
+    weights = weights or dict(model.named_parameters()) | saved_buffers(model)
+    weights = {name: _as_held(model, name, tensor.detach()) for name, tensor in weights.items()}
+    example = next(iter(weights.values()))
+    config = model.inner.config if isinstance(model, HFModel) else config_of(model.config)
     # Undocumented, here since transformers 5.0; on the meta device the buffers would be left without values, too.
     with no_init_weights():
-        inner = AutoModelForCausalLM.from_config(config_of(model.config), dtype=example.dtype)
-    missing, unexpected = inner.load_state_dict(parameters, strict=False, assign=True)
+        inner = AutoModelForCausalLM.from_config(config, dtype=example.dtype)
+    put_adapters_like(model, inner)
+    missing, unexpected = inner.load_state_dict(weights, strict=False, assign=True)
     inner.tie_weights()
     assert not unexpected, unexpected
     assert set(missing) <= set(inner.all_tied_weights_keys), missing
     nn.Module.to(inner, example.device)  # the buffers; parameters are there
     return inner.requires_grad_(False).eval()
+
+
+def _as_held(model: CausalLM, name: str, tensor: Tensor) -> Tensor:
+    """Stacked experts in the shape of `transformers`' modules, which have gate and up in one dimension."""
+    stack = model.stacks.get(name)
+    return tensor if stack is None or len(stack.pieces) == 1 else tensor.flatten(1, 2)
 
 
 def generate(
@@ -142,12 +156,13 @@ def _stop_ids(inner: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
 
 
 def load_for_answers(name: str) -> tuple[PreTrainedModel, Tokenizer]:
-    """Model, on a GPU where there is one, and tokenizer of a folder or hub id.
+    """Model, on a GPU where there is one, and tokenizer of a folder or hub id; adapters are added to their base.
 
     Raises UserError where either is missing.
     """
     folder = find_folder(name)
-    if not (folder / "config.json").is_file():
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if not is_adapter and not (folder / "config.json").is_file():
         newest = max(folder.glob("**/*.safetensors"), key=lambda path: path.stat().st_mtime, default=None)
         remedy = f"give {newest.parent}" if newest else "give a Hugging Face folder, such as an export of a run"
         raise UserError(f"{name} holds no config.json, so it is no model; {remedy}")
@@ -155,9 +170,20 @@ def load_for_answers(name: str) -> tuple[PreTrainedModel, Tokenizer]:
     if not any((folder / file).is_file() for file in names):
         raise UserError(f"{name} holds no tokenizer; copy that of its base model (tokenizer.json and its config) there")
     logging.disable_progress_bar()
-    inner = read_inner(folder, dtype="auto")
+    inner = _read_adapted(folder) if is_adapter else read_inner(folder, dtype="auto")
     nn.Module.to(inner, "cuda" if torch.cuda.is_available() else "cpu")
     return inner.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def _read_adapted(folder: Path) -> PreTrainedModel:
+    """The model that a folder of adapters belongs to, with the adapters added in."""
+    from peft import PeftModel
+
+    base = read_object(folder / "adapter_config.json", "correct it").get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{folder} names no base_model_name_or_path in adapter_config.json; add it")
+    adapted: Any = PeftModel.from_pretrained(read_inner(find_folder(base), dtype="auto"), str(folder))
+    return adapted.merge_and_unload()
 
 
 class _Printer(TextStreamer):

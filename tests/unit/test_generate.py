@@ -13,10 +13,12 @@ from tiny import native_model, tiny_config
 from transformers import AutoTokenizer
 
 import burnish.generate
+from burnish.config import LoraConfig
 from burnish.generate import as_hf_model, encode, generate, load_for_answers, run_chat, run_generate
 from burnish.model.base import CausalLM
 from burnish.model.hf_model import load_hf_model
 from burnish.model.lm_head import logits
+from burnish.model.lora import initialise_adapters, inject, trained, write_adapter
 from burnish.types import Documents, UserError
 
 PROMPTS = ["the quick brown fox", [{"role": "user", "content": "numbers"}], "answer questions about a lazy dog please"]
@@ -59,6 +61,64 @@ def test_a_native_model_answers_without_a_copy(family: str, is_tied: bool) -> No
     tokens = list(range(20))
     theirs_LV = inner(input_ids=torch.tensor([tokens])).logits[0]
     torch.testing.assert_close(theirs_LV, our_logits(model, tokens), rtol=1e-4, atol=1e-5)
+
+
+def hf_logits(inner: Any, tokens: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return inner(input_ids=torch.tensor([tokens])).logits[0]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe_lite"])
+def test_stacked_experts_answer_without_a_copy(family: str) -> None:
+    config = {key: value for key, value in tiny_config(family).items() if value is not None}
+    model = native_model(config, torch.float32)
+    inner = as_hf_model(model)
+    memory = {parameter.data_ptr() for parameter in model.parameters()}
+    assert all(parameter.data_ptr() in memory for parameter in inner.parameters())
+    tokens = list(range(20))
+    torch.testing.assert_close(hf_logits(inner, tokens), our_logits(model, tokens), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(rank=4), LoraConfig(rank=4, kind="dora", modules_to_save=("norm",))])
+def test_an_adapted_model_answers_with_its_adapters(lora: LoraConfig) -> None:
+    model = native_model(tiny_config("qwen3"), torch.float32)
+    plain = our_logits(model, list(range(20)))
+    inject(model, lora, torch.float32)
+    initialise_adapters(model, 0)
+    with torch.no_grad():
+        for parameter in trained(model).values():
+            parameter.mul_(1.1).add_(0.01)
+    answers = hf_logits(as_hf_model(model), list(range(20)))
+    torch.testing.assert_close(answers, our_logits(model, list(range(20))), rtol=1e-4, atol=1e-5)
+    assert (answers - plain).abs().max() > 1e-3
+
+
+def test_gathered_weights_answer_in_place_of_the_models_own() -> None:
+    model, other = native_model(tiny_config(), torch.float32), native_model(tiny_config(), torch.float32, seed=1)
+    inner = as_hf_model(other, {name: parameter.bfloat16() for name, parameter in model.named_parameters()})
+    assert inner.dtype == torch.bfloat16
+    assert torch.equal(hf_logits(inner, [1, 2]), hf_logits(as_hf_model(model.bfloat16()), [1, 2]))
+
+
+def test_adapters_answer_on_their_base(tmp_path: Path, tokenizer: Any) -> None:
+    model = native_model(tiny_config("qwen3"), torch.float32)
+    for folder in ("base", "adapter"):
+        (tmp_path / folder).mkdir()
+    model.export(tmp_path / "base", torch.float32)
+    inject(model, LoraConfig(rank=4), torch.float32)
+    initialise_adapters(model, 0)
+    with torch.no_grad():
+        for parameter in trained(model).values():
+            parameter.add_(0.02)
+    write_adapter(tmp_path / "adapter", model, trained(model), torch.float32, str(tmp_path / "base"))
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    inner, _ = load_for_answers(str(tmp_path / "adapter"))
+    inner = inner.cpu()
+    torch.testing.assert_close(hf_logits(inner, [3, 4, 5]), our_logits(model, [3, 4, 5]), rtol=1e-4, atol=1e-5)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(file.read_text().replace(str(tmp_path / "base"), ""))
+    with pytest.raises(UserError, match="names no base_model_name_or_path"):
+        load_for_answers(str(tmp_path / "adapter"))
 
 
 def test_greedy_answers_are_the_likeliest_tokens_whatever_they_are_batched_with(

@@ -71,6 +71,15 @@ def peft_config(model: nn.Module) -> peft.LoraConfig | None:
     return getattr(model, "peft_config", {}).get(NAME)
 
 
+def put_adapters_like(model: nn.Module, other: nn.Module) -> None:
+    """Put adapters without values where `model` has them into `other`, whose layers have the same names."""
+    config = peft_config(model)
+    if config is not None:
+        import peft
+
+        peft.inject_adapter_in_model(replace(config, modules_to_save=None), other, NAME)
+
+
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
     """The linear layers with an adapter, peft's `lora.Linear`, by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
