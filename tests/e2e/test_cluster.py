@@ -9,9 +9,9 @@ import secrets
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from burnish.cluster.launch import open_ranks, with_restarts  # noqa: E402
 from burnish.cluster.ranks import ClusterError, LostRanks  # noqa: E402
-from burnish.config import ClusterConfig, RecipeError  # noqa: E402
+from burnish.config import ClusterConfig  # noqa: E402
+from burnish.types import UserError  # noqa: E402
 
 MARK = "BURNISH_TEST_MARK"
 STORE = 80_000_000
@@ -118,8 +119,6 @@ def test_a_device_mapping_orders_ranks(hosts: Hosts) -> None:
     with contextlib.closing(hosts.open(num_nodes=2, devices_per_node=2, device_mapping=[0, 3])) as ranks:
         assert ranks.call("node") == mapped[::-1]
     assert len(set(mapped)) == 2
-    with pytest.raises(RecipeError, match="names device 9"):
-        hosts.open(num_nodes=2, device_mapping=[9], devices_per_node="auto", wait=5.0).close()
 
 
 @pytest.mark.parametrize(
@@ -136,7 +135,7 @@ def test_the_first_failure_is_shown_and_ends_all(
 ) -> None:
     ranks = hosts.open(num_nodes=2, logs=tmp_path, timeout=3.0)
     pids = pids_of(ranks)
-    with pytest.raises(Exception, match="") as raised:
+    with pytest.raises(UserError) as raised:
         ranks.call(*call)
     assert type(raised.value).__name__ == kind
     for part in parts:
@@ -168,20 +167,19 @@ def test_a_lost_rank_restarts_the_run_from_where_it_stood(hosts: Hosts, tmp_path
 def test_a_host_that_comes_late_and_one_that_is_lost(hosts: Hosts, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ClusterError, match=r"cluster.num_nodes=3: 2 hosts .* cluster.wait=1 s"):
         hosts.open(num_nodes=3, wait=1.0)
-    late: list[Any] = []
-    timer = threading.Timer(2.0, lambda: late.append(hosts.add()))
-    timer.start()
-    with caplog.at_level(logging.INFO, "burnish"):
-        ranks = hosts.open(num_nodes=3)
-    timer.join()
-    assert "waiting for hosts: 2 of 3 are up" in caplog.text
+    with caplog.at_level(logging.INFO, "burnish"), ThreadPoolExecutor() as pool:
+        opening = pool.submit(hosts.open, num_nodes=3)
+        while "waiting for hosts: 2 of 3 are up" not in caplog.text:
+            time.sleep(0.1)
+        late = hosts.add()
+        ranks = opening.result(60)
     assert ranks.world_size == 3
     pids = pids_of(ranks)
-    os.kill(late[0].all_processes["raylet"][0].process.pid, signal.SIGKILL)
+    os.kill(late.all_processes["raylet"][0].process.pid, signal.SIGKILL)
     with pytest.raises(LostRanks, match="was lost in hang"):
         ranks.call("hang", 2)
     assert not await_end(pids)
-    hosts.cluster.remove_node(late[0], allow_graceful=False)
+    hosts.cluster.remove_node(late, allow_graceful=False)
     # A layout that takes an even number of ranks alone goes on with the two hosts that are left.
     with contextlib.closing(hosts.open(num_nodes=3, restart_wait=0.5, fits=lambda world: world % 2 == 0)) as ranks:
         assert ranks.world_size == 2

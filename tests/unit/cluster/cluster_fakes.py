@@ -81,14 +81,14 @@ class Fake:
         return self.total(0.0)
 
     def count(self, restarts: int) -> int:
-        """Work with a checkpoint: rank 0 notes each finished step; the last rank dies at step 2 of the first start."""
+        """Work with a checkpoint: rank 0 notes each finished step; the last rank dies in step 3 of the first start."""
         assert self.folder is not None
         saved = Path(self.folder) / "saved"
         start = int(saved.read_text()) if saved.exists() else 0
         for step in range(start + 1, 5):
-            self.total(0.0)
             if restarts == 0 and step == 3:
                 self.die(self.place_.world_size - 1)
+            self.total(0.0)
             if self.place_.rank == 0:
                 saved.write_text(str(step))
         return start
