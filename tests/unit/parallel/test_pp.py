@@ -351,7 +351,7 @@ def test_layers_are_cut_by_cost() -> None:
     assert split_layers([1.0] * 8, 4) == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
     # A head as dear as six layers leaves the last part with one; the others are even.
     assert [len(part) for part in split_layers([1.0] * 28, 4, last=6.0)] == [8, 8, 9, 3]
-    assert [len(part) for part in split_layers([1.0] * 28, 4, first=3.0)] == [5, 7, 8, 8]
+    assert [len(part) for part in split_layers([1.0] * 28, 4, first=3.0)] == [4, 8, 8, 8]
     assert [len(part) for part in split_layers([5.0, 1.0, 1.0, 1.0, 1.0, 1.0], 2)] == [1, 5]
     assert [len(part) for part in split_layers([1.0] * 28, 4, first_layers=10, last_layers=4)] == [10, 7, 7, 4]
 
