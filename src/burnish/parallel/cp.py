@@ -144,6 +144,7 @@ class AllToAllAttention:
         softcap: float | None = None,
     ) -> Tensor:
         size, num_kv_heads = self._group.size(), k_TGE.shape[1]
+        assert len(q_THE) * size == sum(documents.lengths), (len(q_THE), documents.lengths)
         # Fewer key heads than ranks are repeated just so often that each rank has whole ones.
         times = math.lcm(num_kv_heads, size) // num_kv_heads
         k_TGE, v_TGE = (x.repeat_interleave(times, dim=1) if times > 1 else x for x in (k_TGE, v_TGE))

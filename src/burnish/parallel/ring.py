@@ -98,6 +98,7 @@ class RingAttention:
     ) -> Tensor:
         if softcap is not None:
             raise RecipeError(no_softcap(softcap))
+        assert len(q_THE) * self._group.size() == sum(documents.lengths), (len(q_THE), documents.lengths)
         size = v_TGE.shape[2]
         kv_2TGE = torch.stack((k_TGE, functional.pad(v_TGE, (0, k_TGE.shape[2] - size))))
         engine = self._engine or _engine_for(q_THE)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,17 @@ from burnish.model.lm_head import score
 from burnish.parallel.cp import ContextParallel, Kind, check_context_parallel, cut_tokens, pad, pad_to
 from burnish.parallel.degrees import Degrees
 from burnish.parallel.mesh import Mesh
-from burnish.parallel.ring import CPUEngine, Engine, Pair, PlainEngine, RingAttention, chunks_of, meet, tiles
+from burnish.parallel.ring import (
+    CPUEngine,
+    Engine,
+    Pair,
+    PlainEngine,
+    RingAttention,
+    VarlenEngine,
+    chunks_of,
+    meet,
+    tiles,
+)
 from burnish.types import Batch, Documents, Sample
 
 KINDS: tuple[Kind, ...] = ("ring", "all_to_all")
@@ -60,7 +71,7 @@ def attended(kernel: Kernel, inputs: list[Tensor], documents: Documents, window:
     return [output.detach(), *torch.autograd.grad(output, (q, k, v), grad)]
 
 
-ENGINES: dict[str, Engine] = {"cpu": CPUEngine(), "plain": PlainEngine()}
+ENGINES: dict[str, Engine] = {"cpu": CPUEngine(), "plain": PlainEngine(), "varlen": VarlenEngine()}
 
 Case = tuple[tuple[int, ...], int | None, int]
 """Lengths of documents, window, key heads."""
@@ -157,7 +168,7 @@ def long_attention(engine: str) -> list[Tensor]:
     return attended(RingAttention(group, ENGINES[engine]).attend, inputs, batch.documents, 300)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["cpu", "plain"])
 def test_a_window_in_a_long_document_is_cut_into_blocks(engine: str):
     by_rank = run_ranks(2, long_attention, engine)
     expected = attended(attend_sdpa, attention_inputs(4096, 1, torch.float64), documents_of(4096), 300)
@@ -169,6 +180,81 @@ def test_a_window_in_a_long_document_is_cut_into_blocks(engine: str):
         for tile in tiles(pair, 300, always_blocks=False):
             assert tile.queries.stop - tile.queries.start <= 512
             assert tile.keys.stop - tile.keys.start < 512 + 300, "no more keys than the window of these queries"
+
+
+class Flash:
+    """What torch.ops.aten's FlashAttention computes for documents of queries and keys of different lengths, by formula:
+    query i of L stands at key i + M - L, and sees `left` keys before and `right` after that, or all where negative."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *arguments: Any, **keywords: Any) -> tuple[Tensor, ...]:
+        output, lse = torch.zeros_like(q), q.new_full((q.shape[1], len(q)), torch.nan)
+        for queries, keys in self._documents(*arguments[:4]):
+            scores = self._scores(q[queries], k[keys], arguments[5], **keywords)
+            lse[:, queries] = scores.logsumexp(-1)
+            output[queries] = torch.einsum("hlm,mhe->lhe", scores.softmax(-1), self._repeated(v[keys], q))
+        return output, lse, torch.zeros(2), torch.zeros(0), torch.zeros(0)
+
+    def backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        output: Tensor,
+        lse: Tensor,
+        *arguments: Any,
+        **keywords: Any,
+    ) -> tuple[Tensor, ...]:
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for queries, keys in self._documents(*arguments[:4]):
+            share = (self._scores(q[queries], k[keys], arguments[5], **keywords) - lse[:, queries, None]).exp()
+            dshare = torch.einsum("lhe,mhe->hlm", grad[queries], self._repeated(v[keys], q))
+            mean = (grad[queries] * output[queries]).sum(-1).t()[..., None]
+            dscores = share * (dshare - mean) * keywords["scale"]
+            dq[queries] = torch.einsum("hlm,mhe->lhe", dscores, self._repeated(k[keys], q))
+            by_head = (k.shape[1], -1)
+            dk[keys] = torch.einsum("hlm,lhe->mhe", dscores, q[queries]).unflatten(1, by_head).sum(2)
+            dv[keys] = torch.einsum("hlm,lhe->mhe", share, grad[queries]).unflatten(1, by_head).sum(2)
+        return dq, dk, dv
+
+    def _documents(
+        self, q_bounds: Tensor, k_bounds: Tensor, longest_q: int, longest_k: int
+    ) -> list[tuple[slice, slice]]:
+        found = [[slice(*pair) for pair in pairwise(bounds.tolist())] for bounds in (q_bounds, k_bounds)]
+        for slices, longest in zip(found, (longest_q, longest_k), strict=True):
+            assert max(x.stop - x.start for x in slices) == longest
+        return list(zip(*found, strict=True))
+
+    def _scores(
+        self, q: Tensor, k: Tensor, is_causal: bool, scale: float, window_size_left: int, window_size_right: int
+    ) -> Tensor:
+        ahead_LM = torch.arange(len(k)) - (torch.arange(len(q))[:, None] + len(k) - len(q))
+        hidden_LM = torch.zeros_like(ahead_LM, dtype=torch.bool)
+        if window_size_left >= 0:
+            hidden_LM |= ahead_LM < -window_size_left
+        if window_size_right >= 0:
+            hidden_LM |= ahead_LM > window_size_right
+        assert is_causal == ((window_size_left, window_size_right) == (-1, 0))
+        scores_HLM = torch.einsum("lhe,mhe->hlm", q, self._repeated(k, q)) * scale
+        return scores_HLM.masked_fill(hidden_LM, -torch.inf)
+
+    def _repeated(self, x: Tensor, q: Tensor) -> Tensor:
+        return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
+def flash_attention() -> list[list[Tensor]]:
+    vars(torch.ops.aten).update(_flash_attention_forward=Flash().forward, _flash_attention_backward=Flash().backward)
+    return local_attention("ring", "varlen", CASES, torch.float64)
+
+
+def test_the_arguments_of_flash_attention_mean_the_same():
+    """Without a GPU the kernel itself cannot run; its arguments, read by its documentation, must give our masks."""
+    by_rank = run_ranks(2, flash_attention)
+    for number, (lengths, window, num_kv_heads) in enumerate(CASES):
+        inputs = attention_inputs(sum(lengths), num_kv_heads, torch.float64)
+        expected = attended(attend_sdpa, inputs, documents_of(*lengths), window)
+        for *parts, reference in zip(*(rank[number] for rank in by_rank), expected, strict=True):
+            torch.testing.assert_close(whole(parts, "ring"), reference, rtol=0, atol=1e-12)
 
 
 def narrow_values(kind: Kind) -> list[Tensor]:

@@ -129,8 +129,8 @@ CASES = [
     Case("dp-tp-ep-etp-sp-sharded", Degrees(dp_shard=2, tp=2, ep=2, etp=2), sequence_parallel=True, is_sharded=True),
     Case("dp-tp-etp-sp-sharded", Degrees(dp_shard=2, tp=2, etp=2), sequence_parallel=True, is_sharded=True),
     Case("dp-tp-ep-4-sp", Degrees(dp_shard=2, tp=2, ep=4), sequence_parallel=True, family="glm4_moe_lite"),
-    Case("cp-ep", Degrees(cp=2, ep=2), cp_kind="all_to_all"),
-    Case("cp-tp-ep-sp", Degrees(cp=2, tp=2, ep=2), sequence_parallel=True),
+    Case("cp-ep", Degrees(cp=2, ep=2)),
+    Case("cp-tp-ep-sp", Degrees(cp=2, tp=2, ep=2), sequence_parallel=True, cp_kind="all_to_all"),
 ]
 
 
