@@ -154,7 +154,7 @@ def load_checkpoint(
 
     `verify_checkpoint` comes first, unless `verified`. Raises CheckpointError on all ranks, and fills nothing, for
     damage, and where the names that ranks ask for, their shapes and types are not exactly those of the checkpoint; what
-    does not begin with `prefix` is left unread.
+    does not begin with `prefix` is left unread. Checkpoints of version 1 are read on one process.
     """
     folder, ranks = Path(folder), Ranks(group)
     if not verified:
@@ -516,7 +516,6 @@ def _difference(metadata: Metadata, name: str, here: Tensor) -> str | None:
 
 
 def _require_same(ranks: Ranks, folder: Path, metadata: Metadata, wanted: Mapping[str, Tensor], prefix: str) -> None:
-
     def compare() -> tuple[Set[str], list[str]]:
         differences = (_difference(metadata, name, tensor) for name, tensor in wanted.items())
         return set(wanted), [difference for difference in differences if difference]
