@@ -15,6 +15,7 @@ EXAMPLES = """\
   burnish sft examples/quickstart.yaml            fine-tune by a recipe; again to go on or to see the results
   burnish sft recipe.yaml optim.lr=2e-5 --dry-run check everything with one key changed, train nothing
   burnish inspect recipe.yaml                     see what is trained of the rows, token by token
+  burnish plan recipe.yaml --hardware H100        memory and time of every rank, before there is a device
   burnish chat runs/quickstart/hf/step-300        talk to what came out
 """
 
@@ -101,6 +102,28 @@ def build_parser(with_keys: bool = False) -> argparse.ArgumentParser:
     inspect.add_argument("--out", metavar="FILE", help="where to write; standard output by default")
     inspect.add_argument("--tokens", action="store_true", help="show token boundaries (terminal)")
 
+    plan = commands.add_parser(
+        "plan",
+        help="memory, time and layouts of a recipe, without a device",
+        description="What a recipe needs on every rank and how long it takes, without weights or devices. "
+        "Exit status: 0 planned, 3 it does not fit in the memory stated, 2 unusable arguments or recipe.",
+    )
+    plan.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe")
+    plan.add_argument("overrides", nargs="*", default=(), metavar="a.b=c", help="keys to change, such as parallel.tp=4")
+    plan.add_argument("--hardware", metavar="NAME", help="A100, H100, H200 or B200: adds time, and whether it fits")
+    plan.add_argument("--peak", type=float, metavar="TFLOPS", help="dense bf16 peak of any other device")
+    plan.add_argument("--bandwidth", type=float, metavar="GB/s", help="of its memory")
+    plan.add_argument("--memory", type=float, metavar="GiB", help="memory of a device")
+    plan.add_argument("--link", type=float, metavar="GB/s", help="one way between devices of a node")
+    plan.add_argument("--network", type=float, metavar="GB/s", help="one way from a device to other nodes")
+    plan.add_argument("--efficiency", type=float, default=0.5, help="share of the peak reached while computing (0.5)")
+    plan.add_argument("--devices", type=_positive, metavar="N", help="ranks; those of the recipe by default")
+    plan.add_argument("--devices-per-node", type=_positive, default=8, metavar="N", help="(8)")
+    plan.add_argument("--tokens-per-row", type=_positive, metavar="N", help="plan without rows, all of this length")
+    plan.add_argument("--rows", type=_positive, metavar="N", help="how many rows there would be")
+    plan.add_argument("--fit", action="store_true", help="search the layouts that fit, fastest first")
+    plan.add_argument("--json", metavar="FILE", help="write it as JSON too; - prints JSON alone")
+
     export = commands.add_parser("export", help="write a checkpoint of a run as a Hugging Face folder")
     export.add_argument("run", metavar="RUN", help="the run folder")
     export.add_argument("--step", type=int, help="the checkpoint's step; the newest by default")
@@ -119,12 +142,12 @@ def build_parser(with_keys: bool = False) -> argparse.ArgumentParser:
     return parser
 
 
-COMMANDS = ("sft", "schema", "inspect", "evaluate", "export", "generate", "chat")
+COMMANDS = ("sft", "schema", "inspect", "plan", "evaluate", "export", "generate", "chat")
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of rows, 1 or more")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number, 1 or more")
     return int(text)
 
 
@@ -193,6 +216,10 @@ def _run(parsed: argparse.Namespace) -> int:
 
         arguments = {name: value for name, value in vars(parsed).items() if name != "command"}
         return inspect(Request(**arguments))
+    if parsed.command == "plan":
+        from burnish.plan import Request, plan
+
+        return plan(Request(**{name: value for name, value in vars(parsed).items() if name != "command"}))
     if parsed.command == "evaluate":
         from burnish.sft import evaluate_folder
 

@@ -1,0 +1,376 @@
+"""What a micro-batch holds in memory, found by running the model's own modules on the meta device: nothing is computed
+and nothing allocated, and whatever the modules keep for their backward is counted as it is.
+
+A rank's part of a model is a smaller model. Sends nothing and knows no data ranks.
+Shape suffixes: T tokens of a pack, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from burnish.model.attention import Attention, attend_sdpa
+from burnish.model.base import CausalLM
+from burnish.model.lm_head import CPU_BLOCK_BYTES, DEVICE_BLOCK_BYTES, MIN_BLOCK, score
+from burnish.observe.memory import Live
+from burnish.parallel.recompute import recompute_blocks
+from burnish.parallel.tp import READS_ALL
+from burnish.types import Documents
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Bytes of a part of a model in one micro-batch, its input and its output's gradient included."""
+
+    kept: int
+    """From its forward to its backward."""
+    forward: int
+    """At most in its forward."""
+    backward: int
+    """At most in its backward, with what was kept and with gradients that are made there, and not held before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shell:
+    """Bytes of all but the blocks in one micro-batch: embedding, rotary positions, last norm, head and loss.
+
+    Each but `hidden` counts the hidden states [T, D], or their gradient, that pass through the blocks.
+    """
+
+    hidden: int
+    before: int
+    """While the blocks run forward."""
+    head: int
+    """At most between the blocks' forward and their backward."""
+    after: int
+    """While the blocks run backward."""
+    end: int
+    """At most after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Every block in order, and the shell, in the first micro-batch of a step and in later ones."""
+
+    blocks: tuple[Pass, ...]
+    later_blocks: tuple[Pass, ...]
+    shell: Shell
+    later_shell: Shell
+
+
+@contextmanager
+def _fused(device: Literal["cpu", "cuda"]) -> Iterator[None]:
+    """Within, scaled_dot_product_attention on meta is the fused kernel of `device`, and not the sum of its parts."""
+    own = functional.scaled_dot_product_attention
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if device == "cpu":
+            kernel = aten._scaled_dot_product_flash_attention_for_cpu
+            return kernel(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+        return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[0]
+
+    functional.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = own
+
+
+def _attend_varlen(
+    q_THE: Tensor,
+    k_TGE: Tensor,
+    v_TGE: Tensor,
+    documents: Documents,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Keeps what FlashAttention over a whole pack keeps: queries, keys, values, output, a number a head and token."""
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THE, k_TGE, v_TGE))
+    return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[0].squeeze(0).transpose(0, 1)
+
+
+def planned_attention(
+    asked: Literal["auto", "sdpa", "varlen"], device: Literal["cpu", "cuda"], compute: torch.dtype
+) -> Attention:
+    """The kernel that training would choose on `device`, to be run on meta."""
+    half = compute in (torch.bfloat16, torch.float16)
+    if device == "cuda" and half and asked != "sdpa":
+        return Attention("varlen", _attend_varlen)
+    return Attention("sdpa", attend_sdpa)
+
+
+CUT = {
+    0: ("*.[qkv]_proj", "*.q_b_proj", "*.kv_b_proj", "*.gate_proj", "*.up_proj", "*embed_tokens", "lm_head"),
+    1: ("*.o_proj", "*.down_proj"),
+}
+"""Modules that tensor-parallel ranks share, by the dimension along which `tp.py` cuts their weights."""
+
+
+def cut(model: CausalLM, tp: int, sequence_parallel: bool, ep: int = 1, etp: int = 1) -> None:
+    """Make of `model`, which is on meta, the part of one rank of tp tensor-parallel and ep x etp expert-parallel ones.
+
+    Every expert-parallel rank is taken to get as many tokens as it sends.
+    """
+    for name, module in model.named_modules() if tp > 1 else ():
+        dim = next((dim for dim in CUT if any(fnmatchcase(name, pattern) for pattern in CUT[dim])), None)
+        for parameter in module.parameters(recurse=False):
+            if dim is not None and (parameter.ndim == 2 or dim == 0):
+                parameter.data = _narrowed(parameter.data, dim, tp)
+        if sequence_parallel and isinstance(module, READS_ALL):
+            module.register_forward_pre_hook(lambda _, args: (_Resized.apply(args[0], len(args[0]) * tp), *args[1:]))
+        if sequence_parallel and (dim == 1 or name.endswith("embed_tokens")):
+            module.register_forward_hook(lambda _, __, output: _Resized.apply(output, len(output) // tp))
+    for name, parameter in model.named_parameters():
+        if ".experts." in name and parameter.ndim > 2:
+            inner = 2 if parameter.ndim == 4 or name.endswith("down_proj") else 1
+            parameter.data = _narrowed(_narrowed(parameter.data, 0, ep), inner, etp)
+
+
+def _narrowed(tensor: Tensor, dim: int, pieces: int) -> Tensor:
+    shape = list(tensor.shape)
+    shape[dim] = -(-shape[dim] // pieces)
+    return tensor.new_empty(shape)
+
+
+class _Resized(torch.autograd.Function):
+    """As many rows as after a gather or a scatter; in backward as many as before."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, length: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.length = len(x_TD)
+        return x_TD.new_empty(length, *x_TD.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad.new_empty(ctx.length, *grad.shape[1:]), None
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch of documents of these lengths with `num_trained` trained tokens."""
+
+    lengths: tuple[int, ...]
+    num_trained: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    def part(self, cp: int, tp: int) -> Micro:
+        """What of it one of cp ranks holds, padded so that tp ranks can cut it further."""
+        length = -(-self.num_tokens // (cp * tp)) * tp
+        if cp > 1:
+            return Micro((length,), -(-self.num_trained // cp))
+        padding = length - self.num_tokens
+        return Micro((*self.lengths, padding) if padding else self.lengths, self.num_trained)
+
+
+def trace(
+    model: CausalLM, micro: Micro, device: Literal["cpu", "cuda"], modes: Iterable[str] = ("none",)
+) -> dict[str, Footprint]:
+    """The footprint of `model` in each mode of recomputation.
+
+    The model is on meta with parameters of the compute type, frozen as they are in training. Parameters are not
+    counted, and gradients as if the parameters were leaves: in their type.
+    """
+    blocks, footprints = model.blocks(), {}
+    with _fused(device):
+        calls, embedding, shells = _trace_shell(model, micro, device)
+        reached = _reached_by_gradients(embedding, blocks)
+        for mode in modes:
+            recompute_blocks(blocks, mode)
+            kinds: dict[Any, tuple[Pass, Pass]] = {}
+            passes = []
+            for block, (args, kwargs), needs in zip(blocks, calls, reached, strict=True):
+                kind = (needs, *((name, p.shape, p.requires_grad) for name, p in block.named_parameters()))
+                if kind not in kinds:
+                    kinds[kind] = _trace_block(block, args, kwargs, needs)
+                passes.append(kinds[kind])
+            first, later = zip(*passes, strict=True)
+            footprints[mode] = Footprint(first, later, *shells)
+            for block in blocks if mode != "none" else ():
+                del block.forward
+            for parameter in model.parameters():
+                parameter.grad = None
+    return footprints
+
+
+class _Given(torch.autograd.Function):
+    """A tensor like `like`, as whatever runs before makes it; its gradient goes nowhere."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, like: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return torch.empty_like(like)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad.new_empty(()), None
+
+
+class _Taken(torch.autograd.Function):
+    """Lets go of a tensor, and makes its gradient in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.like = output.shape, output.dtype
+        return output.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        shape, dtype = ctx.like
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _trace_block(block: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], needs: bool) -> tuple[Pass, Pass]:
+    """The passes of a block in the first micro-batch and in another; `needs` a gradient of its input."""
+    like, *others = args
+    anchor = torch.empty((), dtype=like.dtype, device="meta", requires_grad=needs)
+    passes = []
+    with Live() as live:
+        for _ in range(2):
+            held = live.bytes
+            live.begin_peak()
+            output = block(_Given.apply(anchor, like), *others, **kwargs)
+            kept, forward = live.bytes - held - output.nbytes, live.peak - held
+            end = cast(Tensor, _Taken.apply(output))
+            del output
+            live.begin_peak()
+            if end.requires_grad:
+                end.backward()
+            passes.append(Pass(kept, forward, live.peak - held))
+            del end
+    return passes[0], passes[1]
+
+
+class _Seam(torch.autograd.Function):
+    """Where the blocks would be: tells `moments` when forward and backward come by."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, moments: _Moments) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.moments = moments
+        moments.forward()
+        return hidden_TD.view_as(hidden_TD)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.moments.backward()
+        return grad, None
+
+
+class _Moments:
+    """What is alive when the shell comes to the blocks, and at most in between."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._held = live.bytes
+        live.begin_peak()
+        self.before = self.head = self.after = 0
+        self.reached = False
+        """Whether a gradient of what the blocks read is needed."""
+
+    def forward(self) -> None:
+        self.before = self._live.bytes - self._held
+        self._live.begin_peak()
+
+    def backward(self) -> None:
+        self.head = self._live.peak - self._held
+        self.after = self._live.bytes - self._held
+        self._live.begin_peak()
+
+    def shell(self, hidden: int) -> Shell:
+        last = self._live.peak - self._held
+        return Shell(hidden, self.before, max(self.head, 0 if self.after else last), self.after, last)
+
+
+def _trace_shell(
+    model: CausalLM, micro: Micro, device: Literal["cpu", "cuda"]
+) -> tuple[list[tuple[tuple[Any, ...], dict[str, Any]]], bool, tuple[Shell, Shell]]:
+    """What the blocks are called with, whether the first needs a gradient of its input, and the shell in the first
+    micro-batch and in another.
+    """
+    T, K = micro.num_tokens, micro.num_trained
+    tokens_T, positions_T, trained_K, targets_K = (_integers(size) for size in (T, T, K, K))
+    documents = Documents(_integers(len(micro.lengths) + 1), micro.lengths)
+    calls, shells = [], []
+    with Live() as live:
+        moments = _Moments(live)
+        for _ in range(2):
+            moments = _Moments(live)
+            with _passed_through(model.blocks(), moments) as made:
+                hidden_TD = model(tokens_T, positions_T, documents)
+            block = _block_width(K, hidden_TD.dtype, device)
+            scores = score(hidden_TD[trained_K], model.head(), targets_K, block)
+            hidden = hidden_TD.nbytes
+            if len(hidden_TD) < T:
+                hidden_TD = cast(Tensor, _Resized.apply(hidden_TD, T))
+            calls.append(made)
+            del hidden_TD
+            loss = -scores.logprobs_K.sum()
+            del scores
+            loss.backward()
+            del loss
+            shells.append(moments.shell(hidden))
+    return calls[0], moments.reached, (shells[0], shells[1])
+
+
+def _integers(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.int64, device="meta")
+
+
+def _block_width(num_trained: int, dtype: torch.dtype, device: Literal["cpu", "cuda"]) -> int:
+    """The width that `score` takes by itself on `device`."""
+    size = CPU_BLOCK_BYTES if device == "cpu" else DEVICE_BLOCK_BYTES
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    return max(size // (max(num_trained, 1) * wide) // 64 * 64, MIN_BLOCK)
+
+
+@contextmanager
+def _passed_through(blocks: Sequence[nn.Module], moments: _Moments) -> Iterator[list[Any]]:
+    """Within, the blocks hand on their input. Yields the arguments of each."""
+    calls: list[Any] = []
+
+    def hand_on(hidden_TD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(((hidden_TD.new_empty(()).expand(hidden_TD.shape), *args), kwargs))
+        if len(calls) > 1:
+            return hidden_TD
+        moments.reached = hidden_TD.requires_grad
+        if not hidden_TD.requires_grad and any(p.requires_grad for block in blocks for p in block.parameters()):
+            hidden_TD = hidden_TD.detach().requires_grad_()
+        return cast(Tensor, _Seam.apply(hidden_TD, moments))
+
+    for block in blocks:
+        block.forward = hand_on
+    try:
+        yield calls
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _reached_by_gradients(embedding: bool, blocks: Sequence[nn.Module]) -> list[bool]:
+    """Of each block whether its input needs a gradient: something before it is trained."""
+    reached = []
+    for block in blocks:
+        reached.append(embedding)
+        embedding = embedding or any(p.requires_grad for p in block.parameters())
+    return reached
