@@ -137,10 +137,10 @@ class PipelineEngine:
     """Runs micro-batches through the parts of the model that this rank holds and those of the other ranks of `group`.
 
     `dtype` is that of hidden states between parts, and `rows` how many of a batch's are on this rank (T by default;
-    fewer under sequence parallelism). The parts may be sharded by `fully_shard`: their gradients are then reduced once
-    a step, whole until then; and stay gathered from the first forward of a step to its end where a schedule computes
-    the gradients of weights apart from those of activations. That part of the zero-bubble schedules is done at once in
-    the last part, whose head would otherwise run backward twice.
+    fewer under sequence parallelism). Parts that `fully_shard` has sharded keep their gradients whole until they are
+    reduced, once a step. Zero-bubble schedules compute the gradients of weights apart from those of activations: for
+    them sharded weights stay gathered through a step, and the last part, whose head would run backward twice, computes
+    both at once.
     """
 
     def __init__(
@@ -160,6 +160,8 @@ class PipelineEngine:
         self.rows = rows
         self.work: _Work | None = None
         self._schedules: dict[tuple[int, bool], Any] = {}
+        # NCCL sets a group up at its first use, in which all ranks must take part; a schedule has pairs alone.
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
         if parallel.pp_schedule in SPLIT:
             for model in stages.values():
                 if isinstance(model, FSDPModule):
