@@ -100,6 +100,7 @@ def read_weights(
     """
     weights = named_weights(model)
     expected = expected or {name: tensor.shape for name, tensor in weights.items()}
+    weights = {name: tensor for name, tensor in weights.items() if name in expected}  # the rest are copies of tied ones
     stored = {name: file for name, file in locate_tensors(folder).items() if not _is_ignored(name, model)}
     copies = {name: target for name, target in model.aliases.items() if name in stored}
     model.is_stored_whole = any(name in stored for name in model.stacks)

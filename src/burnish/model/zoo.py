@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 from burnish.config import ModelConfig
 from burnish.model.attention import Kernel, attend_sdpa, choose_attention
 from burnish.model.base import CausalLM, UnsupportedModel, saved_buffers
 from burnish.model.dense import LLAMA, QWEN2, QWEN3, DenseLM
-from burnish.model.hf_io import find_folder, locate_tensors, read_config, read_weights
+from burnish.model.hf_io import find_folder, locate_tensors, named_weights, read_config, read_weights
 from burnish.model.mla import DEEPSEEK_V3, GLM4_MOE_LITE, LatentMoE
 from burnish.model.moe import Qwen3MoE, set_compute
 from burnish.types import UserError
@@ -226,22 +227,20 @@ def build(
 
 
 @torch.no_grad()
-def initialise(model: CausalLM, seed: int) -> None:
+def initialise(model: CausalLM, seed: int, write: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
     """Write random weights as `transformers` does: matrices from N(0, initializer_range^2), norms 1, biases 0.
 
     Every tensor is drawn on the CPU in float32 from a generator of its own, seeded by (seed, name), so that neither
-    layout nor device nor data type changes it.
+    layout nor device nor data type changes it. `write` copies what belongs to this rank of a whole tensor.
     """
     deviation = model.config.get("initializer_range") or 0.02
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
-            parameter.zero_()
-        elif parameter.ndim == 1:
-            parameter.fill_(1.0)
+    for name, weight in named_weights(model).items():
+        if name.endswith(".bias") or not isinstance(weight, nn.Parameter):
+            weight.zero_()
+        elif weight.ndim == 1:
+            weight.fill_(1.0)
         else:
-            parameter.copy_(torch.normal(0.0, deviation, tuple(parameter.shape), generator=_generator(seed, name)))
-    for buffer in saved_buffers(model).values():
-        buffer.zero_()
+            write(weight, torch.normal(0.0, deviation, tuple(weight.shape), generator=_generator(seed, name)))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

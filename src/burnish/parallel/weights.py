@@ -6,7 +6,7 @@ names alone. Knows no file format.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,12 +66,27 @@ def fill(parameter: Tensor, full: Tensor) -> None:
     local.copy_(full[box])
 
 
-def read_weights(folder: Path, model: CausalLM, expected: Mapping[str, torch.Size] | None = None) -> None:
+def read_weights(
+    folder: Path, model: CausalLM | Sequence[CausalLM], expected: Mapping[str, torch.Size] | None = None
+) -> None:
     """`hf_io.read_weights` for parameters of any layout; each rank reads its own part of each tensor alone.
 
-    `expected` are names and shapes of the whole model, where this rank has one stage of it.
+    `model` is this rank's, or its parts where it has several of a pipeline; `expected` are names and shapes of the
+    whole model, where this is not all of it. A last part's copy of a tied embedding is left for others to fill.
     """
-    hf_io.read_weights(folder, model, expected, local_part)
+    for part in _parts(model):
+        hf_io.read_weights(folder, part, expected, local_part)
+
+
+def _parts(model: CausalLM | Sequence[CausalLM]) -> Sequence[CausalLM]:
+    return [model] if isinstance(model, CausalLM) else model
+
+
+def _union(
+    model: CausalLM | Sequence[CausalLM], of_part: Callable[[CausalLM], Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Tensors of all parts, without the copy of a tied embedding that the last may have."""
+    return {n: t for part in _parts(model) for n, t in of_part(part).items() if n not in part.aliases}
 
 
 class _Part(NamedTuple):
@@ -161,13 +176,13 @@ def _sent(local: Tensor, dtype: torch.dtype | None) -> Tensor:
     return local.to(_dtype_sent(local.dtype, dtype))
 
 
-def gather_full(model: CausalLM, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def gather_full(model: CausalLM | Sequence[CausalLM], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """All that a model saves, on rank 0 by its names in the model, and nothing elsewhere. All ranks call it."""
-    return dict(gather(dict(model.named_parameters()) | saved_buffers(model), dtype))
+    return dict(gather(_union(model, lambda part: dict(part.named_parameters()) | saved_buffers(part)), dtype))
 
 
 def export(
-    model: CausalLM,
+    model: CausalLM | Sequence[CausalLM],
     folder: Path,
     dtype: torch.dtype,
     order: Sequence[str] = (),
@@ -176,32 +191,33 @@ def export(
 ) -> None:
     """Write config.json and safetensors into `folder`, which rank 0 sees, with adapters added in. All ranks call it.
 
-    Rank 0 holds one file's tensors at a time. `order` are the names of the whole model, where ranks have stages of it,
-    and `device` is that of `gather`.
+    Rank 0 holds one file's tensors at a time. `model` is as in `read_weights`, `order` are the names of the whole
+    model, where ranks have parts of it, and `device` is that of `gather`.
     """
-    is_adapted = lora.peft_config(model) is not None
-    adapters = dict(gather(lora.trained(model), device=device)) if is_adapted else {}
-    weights = gather(hf_io.named_weights(model), None if is_adapted else dtype, order, device)
+    first = _parts(model)[0]
+    is_adapted = lora.peft_config(first) is not None
+    adapters = dict(gather(_union(model, lora.trained), device=device)) if is_adapted else {}
+    weights = gather(_union(model, hf_io.named_weights), None if is_adapted else dtype, order, device)
     if _is_first():
-        merged = lora.merge(weights, model, adapters) if is_adapted else weights
-        hf_io.write_model(folder, model.config, hf_io.as_stored(model, merged), dtype, max_shard_bytes)
+        merged = lora.merge(weights, first, adapters) if is_adapted else weights
+        hf_io.write_model(folder, first.config, hf_io.as_stored(first, merged), dtype, max_shard_bytes)
     else:
-        _take(weights)
+        for _ in weights:
+            pass
 
 
 def export_adapter(
-    model: CausalLM, folder: Path, dtype: torch.dtype, base_model: str | None, device: torch.device | None = None
+    model: CausalLM | Sequence[CausalLM],
+    folder: Path,
+    dtype: torch.dtype,
+    base_model: str | None,
+    device: torch.device | None = None,
 ) -> None:
     """Write the adapters into `folder`, which rank 0 sees, in peft's format. All ranks call it."""
-    tensors = dict(gather(lora.trained(model), dtype, device=device))
+    tensors = dict(gather(_union(model, lora.trained), dtype, device=device))
     if _is_first():
-        lora.write_adapter(folder, model, tensors, dtype, base_model)
+        lora.write_adapter(folder, _parts(model)[0], tensors, dtype, base_model)
 
 
 def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _take(tensors: Iterator[tuple[str, Tensor]]) -> None:
-    for _ in tensors:
-        pass

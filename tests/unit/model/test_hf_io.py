@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +273,29 @@ def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path):
     with pytest.raises(UserError, match="is no model folder"), written_beside(tmp_path):
         pass
     assert (tmp_path / "thesis.txt").exists()
+
+
+def test_a_folder_of_adapters_is_replaced(tmp_path: Path):
+    target = tmp_path / "export"
+    target.mkdir()
+    (target / "adapter_config.json").write_text("{}")
+    with written_beside(target) as partial:
+        (partial / "config.json").write_text("whole weights")
+    assert [entry.name for entry in target.iterdir()] == ["config.json"]
+
+
+def test_a_shard_holds_what_fits_and_tensors_are_taken_one_by_one(tmp_path: Path):
+    """A file is written as soon as the next tensor would be too much for it."""
+    seen: list[list[str]] = []
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in "abcd":
+            seen.append(sorted(path.name for path in tmp_path.glob("*.safetensors")))
+            yield name, torch.ones(100)
+
+    write_model(tmp_path, {}, tensors(), torch.float32, max_shard_bytes=800)
+    assert [len(files) for files in seen] == [0, 0, 0, 1]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 1600
+    files = [f"model-0000{n}-of-00002.safetensors" for n in (1, 1, 2, 2)]
+    assert index["weight_map"] == dict(zip("abcd", files, strict=True))

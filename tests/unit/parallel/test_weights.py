@@ -69,10 +69,9 @@ def check_layout(degrees: Degrees, folder: str) -> dict[str, Any]:
         local, box = local_part(parameter)
         assert torch.equal(local, values[name][box].double()), name
 
-    filled = lay_out(bare_model("cpu"), mesh)
-    for name, parameter in filled.named_parameters():
-        fill(parameter, values[name])
-    gathered = gather_full(filled)
+    drawn = lay_out(bare_model("cpu"), mesh)
+    zoo.initialise(drawn, 0, fill)
+    gathered = gather_full(drawn)
     assert gathered.keys() == (values.keys() if dist.get_rank() == 0 else set())
     assert all(torch.equal(gathered[name], values[name]) for name in gathered)
     export(read, Path(folder, "exported"), torch.bfloat16, max_shard_bytes=30_000)
@@ -144,6 +143,36 @@ def test_stages_read_their_names_and_write_all_of_them(tmp_path: Path):
     assert exported.keys() == original.keys()
     assert all(torch.equal(exported[name], original[name]) for name in original)
     assert hf_io.read_config(tmp_path / "exported") == hf_io.read_config(tmp_path)
+
+
+def check_tied_stages(folder: str) -> None:
+    """Rank 0 has the first and the last of three parts, as in an interleaved pipeline; the last copies the embedding."""
+    config = tiny_config("qwen3", num_hidden_layers=3)
+    full = {
+        n: p.shape for n, p in zoo.build(config, attend_sdpa, dtype=torch.float32, device="meta").named_parameters()
+    }
+    kept = {0: [("model.embed_tokens", "model.layers.0"), ("model.layers.2", "model.norm")], 1: [("model.layers.1",)]}
+    parts = []
+    for names in kept[dist.get_rank()]:
+        part = native_model(config, torch.float32, seed=1)
+        for name in ("model.embed_tokens", "model.norm", *(f"model.layers.{n}" for n in range(3))):
+            if name not in names:
+                parent, _, child = name.rpartition(".")
+                setattr(part.get_submodule(parent), child, nn.Identity())
+        parts.append(part)
+    if dist.get_rank() == 0:
+        parts[1].lm_head = nn.Linear(32, 512, bias=False)
+    read_weights(Path(folder), parts, full)
+    export(parts, Path(folder, "exported"), torch.float32, order=list(full))
+    assert gather_full(parts).keys() == (set(full) if dist.get_rank() == 0 else set())
+
+
+def test_parts_of_a_tied_model_are_written_without_the_copy(tmp_path: Path):
+    config = tiny_config("qwen3", num_hidden_layers=3)
+    native_model(config, torch.float32).export(tmp_path, torch.float32)
+    (tmp_path / "exported").mkdir()
+    run_ranks(2, check_tied_stages, str(tmp_path))
+    assert (tmp_path / "exported/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
 def read_tied(folder: str) -> str:
