@@ -9,6 +9,7 @@ given lengths, and the bytes that it puts into the object store; sockets stand f
 from __future__ import annotations
 
 import argparse
+import logging
 import pickle
 import socket
 import sys
@@ -56,7 +57,7 @@ def by_ray(batches: list[list[list[dict[str, np.ndarray]]]], peers: int, process
             object_store_memory=500_000_000,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             _temp_dir=folder,
         )
         remote: Any = ray.remote(FakeTrainers)

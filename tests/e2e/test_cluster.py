@@ -179,7 +179,7 @@ def test_a_host_that_comes_late_and_one_that_is_lost(hosts: Hosts, caplog: pytes
     with pytest.raises(LostRanks, match="was lost in hang"):
         ranks.call("hang", 2)
     assert not await_end(pids)
-    hosts.cluster.remove_node(late, allow_graceful=False)
+    # Ray itself does not know yet that the host is gone.
     # A layout that takes an even number of ranks alone goes on with the two hosts that are left.
     with contextlib.closing(hosts.open(num_nodes=3, restart_wait=0.5, fits=lambda world: world % 2 == 0)) as ranks:
         assert ranks.world_size == 2
@@ -280,3 +280,46 @@ def test_a_head_that_is_killed_ends_the_run(tmp_path: Path) -> None:
         assert process.wait(60) != 0
         assert "the head of the Ray cluster" in output
         assert not await_end(marked(mark))
+
+
+TORCHRUN = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from burnish.cluster.launch import open_ranks, serve_as_peer
+from burnish.config import ClusterConfig
+from burnish.types import UserError
+status = serve_as_peer(os.environ)
+if status is not None:
+    sys.exit(status)
+try:
+    ranks = open_ranks(ClusterConfig(), "cluster_fakes:Fake", device="cpu", logs=Path(sys.argv[2]))
+    print("total", ranks.call("total", 1.0), "ray" in sys.modules, flush=True)
+    ranks.call(*sys.argv[3:4], *[int(a) for a in sys.argv[4:]], "other")
+    ranks.close()
+except UserError as error:
+    print(f"error: {error}", flush=True)
+    sys.exit(1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [("echo",), ("fail", "1")])
+def test_torchrun_starts_the_ranks(tmp_path: Path, call: tuple[str, ...]) -> None:
+    script = tmp_path / "driver.py"
+    script.write_text(TORCHRUN)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, str(script), str(FAKES), str(tmp_path / "logs"), *call],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert "total [3.0, 3.0] False" in done.stdout, done.stdout + done.stderr
+    if call == ("echo",):
+        assert done.returncode == 0
+        return
+    assert done.returncode != 0
+    assert "error: rank 1" in done.stdout
+    assert "KeyError: 'missing-key'" in done.stdout

@@ -41,6 +41,7 @@ def open_ranks(
     if world is not None:
         return PeerRanks(config, world, target, args, **common)
     if is_local(config, device):
+        os.environ |= {name: str(value) for name, value in config.env.items()}
         return LocalRanks(target, args, "cpu" if device == "cpu" else f"cuda:{(config.device_mapping or (0,))[0]}")
     from burnish.cluster.ray_ranks import RayRanks
 

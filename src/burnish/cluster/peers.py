@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -248,7 +249,11 @@ class PeerRanks:
         return [got[rank][1] for rank in ranks]
 
     def _give_up(self, method: str, ranks: Sequence[int]) -> None:
-        places = {**self._lines.stacks(5.0), 0: self._seat.seat.stacks()}
+        places = {**self._lines.stacks(5.0), 0: self._seat.seat.whereabouts()}
+        own_log = self._setting.log_of(0)
+        if own_log is not None:
+            with open(own_log, "a") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
         self.kill()
         hosts = {0: (socket.gethostname(), os.getpid()), **{rank: host[:2] for rank, host in self._hosts.items()}}
         lines = [
@@ -259,7 +264,7 @@ class PeerRanks:
             f"{method} hangs: no answer within cluster.timeout={self._config.timeout:g} s from rank"
             f"{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {self.world_size}\n"
             + "\n".join(lines)
-            + ("" if logs is None else f"\nthe stacks of the other ranks are in {logs}")
+            + ("" if logs is None else f"\nthe stacks of all ranks are in {logs}")
             + "\na rank in a collective waits for one that is elsewhere; if none hangs, raise cluster.timeout"
         )
 

@@ -53,10 +53,12 @@ def connected(config: ClusterConfig, device: str) -> Iterator[None]:
         # This host's address is then loopback, so that nothing of it can be reached from elsewhere.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         folder = _own_folder()
+    excepthook = sys.excepthook  # before Ray's import, which sets its own
     import ray
 
-    handlers = logging.getLogger("ray"), logging.getLogger("ray").level
-    logging.getLogger("ray").setLevel("ERROR")
+    logger = logging.getLogger("ray")
+    level = logger.level
+    logger.setLevel("ERROR")
     quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": "ERROR"}
     try:
         if folder is None:
@@ -78,11 +80,12 @@ def connected(config: ClusterConfig, device: str) -> Iterator[None]:
                 _temp_dir=str(folder[0]),
                 **quiet,
             )
-        handlers[0].setLevel("ERROR")
+        logger.setLevel("ERROR")
+        sys.excepthook = excepthook  # Ray's tells the head before it shows anything, and waits if that is gone
         yield
     finally:
         ray.shutdown()
-        handlers[0].setLevel(handlers[1])
+        logger.setLevel(level)
         if folder is not None:
             shutil.rmtree(folder[0], ignore_errors=True)
             folder[1].close()
@@ -130,7 +133,16 @@ def hosts_of(resource: str) -> list[Host]:
         for node in ray.nodes()
         if node["Alive"]
     ]
-    return sorted((host for host in hosts if host.devices), key=lambda host: host.order)
+    return sorted((host for host in hosts if host.devices and _answers(host)), key=lambda host: host.order)
+
+
+def _answers(host: Host) -> bool:
+    """Whether a host is really up: of one that is lost, Ray knows only after some missed heartbeats."""
+    try:
+        socket.create_connection((host.ip, host.port), timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 def _number(address: str) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import re
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pkgutil import resolve_name
@@ -58,7 +58,7 @@ class Ranks(Protocol):
         ...
 
     def close(self) -> None:
-        """End the ranks, once what was started is done."""
+        """End the ranks, and with them what still runs there."""
         ...
 
     def kill(self) -> None:
@@ -138,7 +138,7 @@ def raise_failure(failure: Failure, log: str | None = None) -> None:
 
 
 class LocalRanks:
-    """A world of one, in this process. What its object raises goes through as it is."""
+    """A world of one, in this process. What its object raises goes through as it is, and nobody watches for a hang."""
 
     world_size = 1
 
@@ -170,7 +170,3 @@ def shared_values(by_rank: Sequence[Any]) -> tuple[list[Any], list[int]]:
     indices = [order.setdefault(id(value), len(order)) for value in by_rank]
     values = [by_rank[indices.index(index)] for index in range(len(order))]
     return values, indices
-
-
-Progress = Callable[[str], None]
-"""Says a line about a start that takes its time."""

@@ -4,6 +4,7 @@ batches travel through its object store.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -89,7 +90,8 @@ class RayRanks:
         hosts, per_host = await_hosts(config, resource, fits, deadline)
         placed = place_actors(Actor, config, hosts, per_host, resource, deadline, self._open)
         self.world_size = len(placed)
-        phase(f"placement: {self.world_size} ranks on {len({host.id for host, _ in placed})} hosts")
+        num_hosts = len({host.id for host, _ in placed})
+        phase(f"placement: {self.world_size} ranks on {num_hosts} host{'s' if num_hosts > 1 else ''}")
 
         key = secrets.token_bytes(32)
         self._lines = Lifelines(ray.util.get_node_ip_address(), key, self._on_message)
@@ -252,6 +254,11 @@ class RayRanks:
         if self._settings:
             self._lines.end(1)
         import ray
+
+        if self._head_gone:
+            # Ray would wait for its head, and hold the interpreter meanwhile; its processes here end with this one.
+            atexit.unregister(ray.shutdown)
+            return
 
         def end() -> None:
             for actor in self._actors:

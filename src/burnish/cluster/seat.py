@@ -187,8 +187,9 @@ class Seat:
             self._calling = None
 
     def stacks(self) -> str:
-        """Write the stacks of all threads into the log; where the object's thread is."""
-        faulthandler.dump_traceback(file=self._log or 2, all_threads=True)
+        """Write the stacks of all threads into the log, where there is one; where the object's thread is."""
+        if self._log is not None:
+            faulthandler.dump_traceback(file=self._log, all_threads=True)
         return self.whereabouts()
 
     def whereabouts(self) -> str:
