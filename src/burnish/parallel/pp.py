@@ -165,7 +165,7 @@ class PipelineEngine:
         if parallel.pp_schedule in SPLIT:
             for model in stages.values():
                 if isinstance(model, FSDPModule):
-                    # torch takes the weights whose gradients it computes from the module, and loses those of sharded ones.
+                    # torch looks weights up in the module when it computes their gradients, and loses those of sharded ones.
                     model.set_reshard_after_forward(False)
 
     @property
