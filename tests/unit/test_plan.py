@@ -1,0 +1,260 @@
+"""What `burnish plan` counts, refuses and says."""
+
+from __future__ import annotations
+
+import io
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from rich.text import Text
+from tiny import native_model, tiny_config
+from torch.distributed.tensor import DTensor
+
+from burnish.cli import main
+from burnish.config import Recipe
+from burnish.estimate import HARDWARE, NOTHING, Layout, RankModel, Sizes, bubble, rank_memory
+from burnish.observe.flops import peak_flops
+from burnish.observe.memory import Live
+from burnish.observe.plan_terminal import Section, draw
+from burnish.parallel.degrees import Degrees
+from burnish.parallel.mesh import Mesh
+from burnish.parallel.tp import parallelize
+from burnish.parallel.trace import Micro, cut, trace
+from burnish.plan import build_on_meta, count_parameters, rank_models
+from burnish.recipe import recipe_from_dict
+
+MODELS = Path(__file__).parents[2] / "examples" / "models"
+
+
+def recipe_of(**sections: Any) -> Recipe:
+    return recipe_from_dict({"model": {"path": "m"}, "data": {"train": "rows.jsonl"}} | sections)
+
+
+def config_of(name: str) -> dict[str, Any]:
+    return json.loads((MODELS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_parameters_are_those_published() -> None:
+    recipe = recipe_of()
+    qwen = count_parameters(build_on_meta(config_of("qwen3-4b"), recipe, "cuda"))
+    assert qwen.total == qwen.active == qwen.trained == 4_022_468_096
+    config = config_of("glm-4.7-flash")
+    glm = count_parameters(build_on_meta(config, recipe, "cuda"))
+    sparse = build_on_meta(config, recipe, "cuda").blocks()[-1]
+    # The published files hold a layer that predicts a further token: a block with its own embedding, head, three
+    # norms and a projection of two hidden states to one. Nothing here trains it.
+    D, V = config["hidden_size"], config["vocab_size"]
+    further = sum(p.numel() for p in sparse.parameters()) + 2 * V * D + 2 * D * D + 3 * D
+    corrections = 47 * config["n_routed_experts"]  # of the routers, which are no parameters
+    assert 31_221_488_576 - further - glm.total in (0, corrections)
+    assert glm.parts["experts"] == 46 * 64 * 3 * 2048 * 1536
+    assert glm.total - glm.active == glm.parts["experts"] * 60 // 64
+
+
+def test_frozen_parameters_and_adapters_are_told_from_trained_ones() -> None:
+    frozen = recipe_of(model={"path": "m", "freeze": ["model.embed_tokens.*"]})
+    counts = count_parameters(build_on_meta(tiny_config(), frozen, "cpu"))
+    assert counts.total - counts.trained == counts.parts["embedding"] == 512 * 32
+    adapted = count_parameters(build_on_meta(tiny_config(), recipe_of(lora={"rank": 4}), "cpu"))
+    assert adapted.trained == adapted.parts["adapters"]
+
+
+def test_live_counts_a_storage_once_and_until_it_is_gone() -> None:
+    x = torch.empty(10, device="meta")
+    with Live() as live:
+        y = x + 1
+        z = y.view(2, 5)
+        assert live.bytes == 40
+        w = y * 2
+        del y, z
+        assert (live.bytes, live.peak) == (40, 80)
+        del w
+        assert live.bytes == 0
+
+
+def local_shapes(config: dict[str, Any], sequence_parallel: bool) -> dict[str, tuple[int, ...]]:
+    model = native_model(config, torch.float32)
+    parallelize(model, Mesh(Degrees(tp=2), torch.device("cpu")).axis("tp"), sequence_parallel)
+    return {n: tuple(p.to_local().shape if isinstance(p, DTensor) else p.shape) for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}], ids=str)
+def test_a_cut_model_is_what_a_tensor_parallel_rank_holds(changes: dict[str, Any]) -> None:
+    config = tiny_config(**changes)
+    model = build_on_meta(config, recipe_of(), "cpu")
+    cut(model, 2, True)
+    assert {n: tuple(p.shape) for n, p in model.named_parameters()} == run_ranks(2, local_shapes, config, True)[0]
+
+
+def test_sequence_parallelism_keeps_less() -> None:
+    kept = []
+    for sequence_parallel in (False, True):
+        model = build_on_meta(tiny_config(), recipe_of(), "cuda")
+        cut(model, 2, sequence_parallel)
+        kept.append(trace(model, Micro((64, 64), 100), "cuda")["none"].blocks[0].kept)
+    whole = trace(build_on_meta(tiny_config(), recipe_of(), "cuda"), Micro((64, 64), 100), "cuda")["none"]
+    assert whole.blocks[0].kept / 2 < kept[1] < kept[0] < whole.blocks[0].kept
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_kept_bytes_grow_with_tokens_alone(mode: str) -> None:
+    one, two = (
+        trace(build_on_meta(tiny_config(), recipe_of(), "cuda"), Micro((n,), n // 2), "cuda", [mode])[mode]
+        for n in (256, 512)
+    )
+    assert two.blocks[0].kept == pytest.approx(2 * one.blocks[0].kept, rel=0.01)
+    if mode == "full":
+        assert one.blocks[0].kept == 256 * 32 * 2  # its input, in bf16
+
+
+def sharded(zero: int, world: int, **parallel: Any) -> tuple[RankModel, Layout, Recipe]:
+    recipe = recipe_of()
+    recipe = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"zero": zero, **parallel})})
+    degrees = Degrees(dp_shard=world // parallel.get("pp", 1), pp=parallel.get("pp", 1))
+    (model,) = rank_models(tiny_config(num_hidden_layers=4), recipe, degrees, Micro((64,), 40), "cuda").values()
+    return model, Layout(recipe.parallel, degrees, Sizes.of(recipe), 4), recipe
+
+
+def test_each_stage_of_zero_needs_less_than_the_one_before() -> None:
+    peaks = []
+    for zero in (1, 2, 3):
+        model, layout, _ = sharded(zero, 8)
+        peaks.append(rank_memory(model, layout, [range(4)], 0).peak)
+    assert peaks[0] > peaks[1] > peaks[2]
+
+
+def test_shards_add_up_to_the_model() -> None:
+    model, layout, _ = sharded(3, 8)
+    memory = rank_memory(model, layout, [range(4)], 0)
+    total = sum((block for block in model.blocks), NOTHING).all.total + model.embedding.all.total + model.head.all.total
+    assert 8 * memory.optimizer_step["weights"] == pytest.approx(total * 4)
+    assert 8 * memory.optimizer_step["gradients"] == pytest.approx(total * 4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "chunks", "in_flight", "waiting"),
+    [("gpipe", None, [8, 8], 1 / 8), ("1f1b", None, [2, 1], 1 / 8), ("interleaved_1f1b", 2, [5, 3], 1 / 16)],
+)
+def test_a_pipeline_keeps_and_waits_as_its_schedule_says(
+    schedule: str, chunks: int | None, in_flight: list[int], waiting: float
+) -> None:
+    parallel = recipe_of().parallel.model_copy(update={"pp": 2, "pp_schedule": schedule, "pp_chunks": chunks})
+    layout = Layout(parallel, Degrees(pp=2), Sizes.of(recipe_of()), 8)
+    assert [layout.in_flight(rank) for rank in range(2)] == in_flight
+    assert bubble(layout) == pytest.approx(1 + waiting)
+
+
+def test_offload_moves_bytes_to_the_host() -> None:
+    model, layout, _ = sharded(3, 2)
+    moved, there, _ = sharded(3, 2, offload="optimizer")
+    here = rank_memory(model, layout, [range(4)], 0)
+    offloaded = rank_memory(moved, there, [range(4)], 0)
+    assert offloaded.host == here.forward_backward["optimizer"]
+    assert sum(here.forward_backward.values()) - sum(offloaded.forward_backward.values()) == offloaded.host
+
+
+@pytest.mark.parametrize("name", HARDWARE)
+def test_hardware_has_the_peak_that_mfu_is_measured_by(name: str) -> None:
+    assert HARDWARE[name].flops == peak_flops(f"NVIDIA {name}")
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    (tmp_path / "model.json").write_text(json.dumps(tiny_config()))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"model: {{init: {tmp_path / 'model.json'}, tokenizer: none}}\n"
+        f"data: {{train: [{{path: {tmp_path / 'rows.jsonl'}}}]}}\n"
+        "batch: {samples: 16, tokens_per_micro_batch: 256}\n"
+    )
+    return file
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> dict[str, Any]:
+    assert main(["plan", *map(str, arguments), "--json", "-"]) == status
+    return json.loads(capsys.readouterr().out)
+
+
+STATED = ("--tokens-per-row", "32", "--rows", "160")
+
+
+def test_a_plan_counts_steps_and_bytes(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = planned(capsys, recipe_file, *STATED, "--hardware", "h100")
+    assert tree["steps"] == 10
+    assert tree["step"]["tokens"] == 512
+    assert tree["step"]["micro_batches"] == 2
+    assert tree["parameters"]["total"] == sum(tree["parameters"]["parts"].values())
+    assert tree["checkpoint_bytes"] == tree["parameters"]["total"] * 12
+    assert tree["fits"] is True
+    assert tree["seconds"]["step"] == pytest.approx(sum(v for k, v in tree["seconds"].items() if k != "step"))
+
+
+def test_what_does_not_fit_is_said_by_the_exit_status(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert planned(capsys, recipe_file, *STATED, "--memory", "0.0001", status=3)["fits"] is False
+
+
+def test_fit_ranks_by_time_and_counts_what_it_drops(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = planned(capsys, recipe_file, *STATED, "--hardware", "H100", "--fit", "--devices", 4)
+    times = [layout["seconds"]["step"] for layout in tree["layouts"]]
+    assert times == sorted(times) or max(a / b for a, b in pairwise(times)) < 1.01
+    keys = [layout["layout"] for layout in tree["layouts"]]
+    names = ("dp_replicate", "dp_shard", "cp", "tp", "pp")
+    for layout in keys:
+        world = 1
+        for name in names:
+            world *= layout[f"parallel.{name}"]
+        assert world == 4
+    # Two key heads cannot be shared by four ranks, and two micro-batches not by four data ranks.
+    assert all(layout["parallel.tp"] < 4 for layout in keys)
+    assert set(tree["dropped"]) >= {
+        "tp does not divide heads or columns",
+        "more data ranks than micro-batches in a step",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--hardware", "H1000"), "--hardware=H1000 is not known; take A100, H100, H200, B200"),
+        (("--peak", "100"), "--peak=100 needs --bandwidth"),
+        (("--fit",), "--fit ranks layouts by time and memory; give --hardware"),
+        (("--tokens-per-row", "300"), "--tokens-per-row=300 is more than batch.tokens_per_micro_batch=256"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_before_anything_is_printed(
+    recipe_file: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert main(["plan", str(recipe_file), *STATED, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+
+
+def test_missing_rows_are_said_with_a_way_without(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(recipe_file)]) != 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "--tokens-per-row N" in err
+
+
+def test_tables_hold_to_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    screen = Screen()
+    rows = [("a long name of a part of memory", *["123.4"] * 3)]
+    columns = ("GiB", *[f"pipeline rank {n}, 12 layers" for n in range(3)])
+    draw(screen, "plan", [("rows", "word " * 40)], [Section("memory", columns, rows, ("note " * 40,))])
+    assert max(len(Text.from_ansi(line)) for line in screen.getvalue().splitlines()) <= 80
