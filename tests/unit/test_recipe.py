@@ -27,7 +27,7 @@ def fault(*overrides: str, tree: dict[str, Any] | None = None) -> str:
         ("optim.lrr=1", "optim.lrr=1: no such key; did you mean optim.lr?"),
         ("seed=3", "seed=3: no such key; did you mean run.seed?"),
         ("data.train.0.promt_key=q", 'data.train.0.promt_key="q": no such key; did you mean data.train.0.prompt_key?'),
-        ("zzz=1", "zzz=1: no such key; the keys here are batch, checkpoint, data"),
+        ("zzz=1", "zzz=1: no such key; the keys here are batch, checkpoint, cluster, data"),
         ("optim.lr=fast", 'optim.lr="fast": must be a valid number'),
         ("optim.lr=-1", "optim.lr=-1: must be greater than 0"),
         ("batch.samples=1.5", "batch.samples=1.5: must be a valid integer"),

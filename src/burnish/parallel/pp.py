@@ -165,7 +165,7 @@ class PipelineEngine:
         if parallel.pp_schedule in SPLIT:
             for model in stages.values():
                 if isinstance(model, FSDPModule):
-                    # torch looks weights up in the module when it computes their gradients, and loses those of sharded ones.
+                    # torch looks weights up in the module to compute their gradients; those of shards would be lost.
                     model.set_reshard_after_forward(False)
 
     @property

@@ -146,7 +146,7 @@ def test_stages_read_their_names_and_write_all_of_them(tmp_path: Path):
 
 
 def check_tied_stages(folder: str) -> None:
-    """Rank 0 has the first and the last of three parts, as in an interleaved pipeline; the last copies the embedding."""
+    """Rank 0 has the first and last of three parts, as in an interleaved pipeline; the last copies the embedding."""
     config = tiny_config("qwen3", num_hidden_layers=3)
     full = {
         n: p.shape for n, p in zoo.build(config, attend_sdpa, dtype=torch.float32, device="meta").named_parameters()
