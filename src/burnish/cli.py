@@ -116,9 +116,11 @@ def build_parser(with_keys: bool = False) -> argparse.ArgumentParser:
     plan.add_argument("--memory", type=float, metavar="GiB", help="memory of a device")
     plan.add_argument("--link", type=float, metavar="GB/s", help="one way between devices of a node")
     plan.add_argument("--network", type=float, metavar="GB/s", help="one way from a device to other nodes")
-    plan.add_argument("--efficiency", type=float, default=0.5, help="share of the peak reached while computing (0.5)")
+    plan.add_argument(
+        "--efficiency", type=float, default=0.5, metavar="SHARE", help="share of the peak reached while computing (0.5)"
+    )
     plan.add_argument("--devices", type=_positive, metavar="N", help="ranks; those of the recipe by default")
-    plan.add_argument("--devices-per-node", type=_positive, default=8, metavar="N", help="(8)")
+    plan.add_argument("--devices-per-node", type=_positive, default=8, metavar="N", help="in one node (8)")
     plan.add_argument("--tokens-per-row", type=_positive, metavar="N", help="plan without rows, all of this length")
     plan.add_argument("--rows", type=_positive, metavar="N", help="how many rows there would be")
     plan.add_argument("--fit", action="store_true", help="search the layouts that fit, fastest first")

@@ -53,7 +53,8 @@ from burnish.observe.units import count_text, duration_text
 from burnish.parallel.cp import check_context_parallel
 from burnish.parallel.degrees import Degrees
 from burnish.parallel.divisible import check_tensor_parallel
-from burnish.parallel.stages import cut_model, num_micro_batches
+from burnish.parallel.ep import check_expert_parallel
+from burnish.parallel.stages import check_split, cut_model, num_micro_batches
 from burnish.parallel.trace import Micro, cut, planned_attention, trace
 from burnish.parts import InspectedSource, Parts
 from burnish.recipe import read_recipe
@@ -424,12 +425,9 @@ class Planner:
         """Raises RecipeError for a layout that the model cannot have."""
         check_tensor_parallel(self.model.config, degrees.tp)
         check_context_parallel(self.model.config, degrees.cp, parallel.cp_kind, degrees.tp)
-        num_experts = self.num_experts
-        if num_experts % degrees.ep:
-            raise RecipeError(
-                f"parallel.ep={degrees.ep} does not divide the model's "
-                + (f"{num_experts} experts; set it to a divisor" if num_experts > 1 else "experts: it has none; set 1")
-            )
+        check_expert_parallel(self.model.config, degrees)
+        compiles = self.recipe.train.compile
+        check_split(parallel, self.recipe.train.recompute, self.device == "cuda" if compiles == "auto" else compiles)
         self.stages(parallel)
 
     @property
@@ -837,9 +835,10 @@ def precision_text(recipe: Recipe) -> str:
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB, in three digits or two decimals."""
+    """Bytes in GiB, in three digits or three decimals."""
     value = size / GIB
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    decimals = 0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.9995 else 3
+    return f"{value:.{decimals}f}"
 
 
 def flops_text(flops: float) -> str:
