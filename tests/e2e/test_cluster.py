@@ -113,6 +113,7 @@ def test_the_console_shows_the_driver_and_rank_0(
     assert "hello" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.slow
 def test_a_device_mapping_orders_ranks(hosts: Hosts) -> None:
     with contextlib.closing(hosts.open(num_nodes=2, devices_per_node=2, device_mapping=[3, 0])) as ranks:
         mapped = ranks.call("node")
@@ -164,6 +165,7 @@ def test_a_lost_rank_restarts_the_run_from_where_it_stood(hosts: Hosts, tmp_path
     assert (tmp_path / "saved").read_text() == "4"
 
 
+@pytest.mark.slow
 def test_a_host_that_comes_late_and_one_that_is_lost(hosts: Hosts, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ClusterError, match=r"cluster.num_nodes=3: 2 hosts .* cluster.wait=1 s"):
         hosts.open(num_nodes=3, wait=1.0)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from burnish.cluster.janitor import MARK, janitor
 from burnish.cluster.ranks import ClusterError, LostRanks
 from burnish.config import ClusterConfig, RecipeError
 
@@ -48,7 +49,7 @@ class Host:
 @contextlib.contextmanager
 def connected(config: ClusterConfig, device: str) -> Iterator[None]:
     """Ray, started here for this process alone or joined."""
-    folder = None
+    folder, stack = None, ExitStack()
     if config.address is None:
         # This host's address is then loopback, so that nothing of it can be reached from elsewhere.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -72,6 +73,8 @@ def connected(config: ClusterConfig, device: str) -> Iterator[None]:
                 ) from None
         else:
             devices = local_devices(config, device)
+            stack.enter_context(janitor(folder[0]))
+            os.environ[MARK] = str(folder[0])
             ray.init(
                 address="local",
                 num_cpus=devices,
@@ -80,14 +83,16 @@ def connected(config: ClusterConfig, device: str) -> Iterator[None]:
                 _temp_dir=str(folder[0]),
                 **quiet,
             )
+        os.environ.pop(MARK, None)
         logger.setLevel("ERROR")
         sys.excepthook = excepthook  # Ray's tells the head before it shows anything, and waits if that is gone
         yield
     finally:
         ray.shutdown()
         logger.setLevel(level)
+        os.environ.pop(MARK, None)
+        stack.close()
         if folder is not None:
-            shutil.rmtree(folder[0], ignore_errors=True)
             folder[1].close()
 
 

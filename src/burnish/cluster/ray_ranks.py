@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -28,6 +30,7 @@ from burnish.config import ClusterConfig
 
 LOG = logging.getLogger(__name__)
 
+PR_SET_PDEATHSIG = 1
 POLL = 0.25
 """Seconds between two looks at whether a rank was lost while calls run."""
 GATHER = 3.0
@@ -294,6 +297,7 @@ class Actor(Seat):
         return ray.get_runtime_context().get_node_id(), int(visible) if visible.isdecimal() else 0
 
     def sit(self, setting: Setting, address: tuple[str, int], key: bytes) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        _die_with_parent()
         super().sit(setting)
         self.hold_line(Lifeline(address, key, ("hello", setting.place.rank), self._on_message))
         phase(f"up on {setting.place.host}")
@@ -303,6 +307,12 @@ class Actor(Seat):
         assert message[0] == "stacks", message
         assert self._line is not None
         self._line.tell("stacks", self.place.rank, self.stacks())
+
+
+def _die_with_parent() -> None:
+    """Have Linux kill this process with the one of Ray's that started it, whoever holds the interpreter's lock."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _failed(answer: Any) -> bool:
