@@ -154,3 +154,12 @@ def wait_for_step(run: Path, step: int, command: Command, seconds: float = 90) -
         assert command.is_running, command.output.read_text()
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached in {seconds} s")
+
+
+def wait_for_checkpoint(run: Path, command: Command, seconds: float = 90) -> None:
+    """Return once a checkpoint is complete."""
+    deadline = time.monotonic() + seconds
+    while not (run / "checkpoints" / "latest_checkpointed_iteration.txt").exists():
+        assert time.monotonic() < deadline, f"there was no checkpoint in {seconds} s"
+        assert command.is_running, command.output.read_text()
+        time.sleep(0.02)

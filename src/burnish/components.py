@@ -10,10 +10,10 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,25 @@ from burnish.config import ModelConfig, Recipe, RecipeError
 from burnish.data.chat import TextTokenizer
 from burnish.data.corpus import Corpus, open_corpus
 from burnish.data.feed import Feed
-from burnish.data.pack import Layout
 from burnish.data.prepare import Preparer, SourceRows
 from burnish.data.rows import Rows
 from burnish.data.turns import Selection
-from burnish.model.base import model_shape
+from burnish.model.attention import choose_attention
+from burnish.model.base import CausalLM, model_shape
+from burnish.model.lora import initialise_adapters, inject, read_adapter
 from burnish.model.probe import leak_tolerance, probe_isolation
 from burnish.model.vocabulary import TokenizerFacts, check_vocabulary, stop_ids
-from burnish.model.zoo import Loaded, adopt_model, load_model
+from burnish.model.zoo import Loaded, adopt_model, build, describe_model, initialise, load_model, locate, shallow
 from burnish.observe.flops import peak_flops
-from burnish.observe.metrics import Stopwatch, Utilisation
-from burnish.parallel.execution import Execution
-from burnish.parallel.recompute import compile_blocks, recompute_blocks
+from burnish.observe.metrics import Utilisation
+from burnish.parallel.apply import Parallelism, Precision, load_weights
+from burnish.parallel.execution import Execution, MeshExecution
+from burnish.parallel.mesh import Mesh
+from burnish.parallel.recompute import Blocks
 from burnish.parts import read_template
 from burnish.resume import altering_keys
-from burnish.train.loss import CrossEntropy
 from burnish.train.optim import DTYPES
-from burnish.train.trainer import LocalTrainer, Scorer, freeze_parameters
+from burnish.train.trainer import freeze_parameters
 from burnish.types import UserError
 
 LOG = logging.getLogger(__name__)
@@ -75,18 +77,43 @@ class Components:
         recipe = self.recipe
         place = {
             "device": self.device,
-            "dtype": DTYPES[recipe.precision.master],
+            "dtype": self.held,
             "compute_dtype": self.compute,
         }
         if self.given_model is not None:
             loaded = adopt_model(self.given_model, recipe.model, **place)
         else:
             loaded = load_model(recipe.model, **place, seed=recipe.run.seed)
-        freeze_parameters(loaded.model, recipe.model.freeze)
-        recompute_blocks(loaded.model.blocks(), recipe.train.recompute)
-        if recipe.train.compile is True or (recipe.train.compile == "auto" and self.device.type == "cuda"):
-            compile_blocks(loaded.model.blocks())
+        self._adapt(loaded.model)
+        self.blocks.wrap(loaded.model)
         return loaded
+
+    def _adapt(self, model: CausalLM) -> None:
+        """Put adapters into a model that has its weights, and give them their first values; freeze what is frozen."""
+        lora, seed = self.recipe.lora, self.recipe.run.seed
+        if lora is not None:
+            inject(model, lora, self.precision.master)
+            if lora.path is None:
+                initialise_adapters(model, seed)
+            else:
+                read_adapter(lora.path, model, lora)
+        freeze_parameters(model, self.recipe.model.freeze)
+
+    @property
+    def held(self) -> torch.dtype:
+        """The type of the model's weights: that of masters, or where adapters alone are trained that of forward."""
+        return self.precision.master if self.recipe.lora is None else self.precision.compute
+
+    @property
+    def blocks(self) -> Blocks:
+        train = self.recipe.train
+        is_compiled = train.compile is True or (train.compile == "auto" and self.device.type == "cuda")
+        return Blocks(train.recompute, train.recompute_every, is_compiled)
+
+    @property
+    def precision(self) -> Precision:
+        precision = self.recipe.precision
+        return Precision(*(DTYPES[name] for name in (precision.master, precision.compute, precision.reduce)))
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -190,28 +217,12 @@ class Components:
         if findings.errors:
             raise UserError("; ".join(findings.errors))
 
-    @cached_property
-    def layout(self) -> Layout:
-        """Packed where the probe proves that documents cannot see each other, else one document a row."""
-        budget, packing, model = self.recipe.batch.tokens_per_micro_batch, self.recipe.batch.packing, self.loaded.model
-        if packing == "off":
-            return Layout(budget, kind="single" if model.row_reason is None else "rows")
-        reason = model.row_reason or self._leak()
-        if reason is None:
-            return Layout(budget)
-        if packing == "require":
-            raise UserError(
-                f"batch.packing=require: {reason}; set it to auto to train one document a row, or try another "
-                "model.attention or model.implementation"
-            )
-        LOG.warning("training one document a row, not packed: %s", reason)
-        model.run_rows(reason)
-        return Layout(budget, kind="rows")
+    def leak(self) -> str | None:
+        """How documents of a pack see each other in the model; None where they do not."""
+        return self._probe(self.loaded.model, self.execution.weights())
 
-    def _leak(self) -> str | None:
-        """How documents of a pack see each other in the real model; None where they do not."""
-        model = self.loaded.model
-        with self.execution.weights():
+    def _probe(self, model: CausalLM, weights: AbstractContextManager[None]) -> str | None:
+        with weights:
             return probe_isolation(
                 model,
                 vocab_size=self.num_embeddings,
@@ -220,36 +231,16 @@ class Components:
                 restart_tolerance=5e-2 if self.compute == torch.bfloat16 else 1e-3,
             ).reason
 
-    def evaluation_layout(self) -> Layout:
-        budget = self.recipe.evaluate.tokens_per_micro_batch or self.recipe.batch.tokens_per_micro_batch
-        return Layout(budget, kind=self.layout.kind)
-
     @cached_property
     def execution(self) -> Execution:
         return Execution(self.loaded.model, self.compute, self.device)
 
-    def scorer(self) -> Scorer:
-        return Scorer(self.execution)
-
-    def trainer(self, total_steps: int, clock: Stopwatch) -> LocalTrainer:
-        recipe = self.recipe
-        return LocalTrainer(
-            execution=self.execution,
-            loss=CrossEntropy(recipe.train.label_smoothing, recipe.train.z_loss),
-            optim=recipe.optim,
-            total_steps=total_steps,
-            states=recipe.precision.states,
-            seed=recipe.run.seed,
-            neftune_alpha=recipe.train.neftune_alpha,
-            reduce=DTYPES[recipe.precision.reduce],
-            clock=clock,
-        )
-
-    def utilisation(self) -> Utilisation | None:
+    def utilisation(self, world_size: int) -> Utilisation | None:
+        """What MFU is measured by, of all ranks together; None on devices without a known peak."""
         if self.device.type != "cuda":
             return None
         peak = peak_flops(torch.cuda.get_device_name(self.device))
-        return None if peak is None else Utilisation(model_shape(self.loaded.model), peak)
+        return None if peak is None else Utilisation(model_shape(self.loaded.model), peak * world_size)
 
     def identity(self) -> dict[str, Any]:
         """What a resume compares: the recipe's keys that alter results, and the content of what its paths lead to."""
@@ -278,6 +269,77 @@ class Components:
             yield
         finally:
             torch.use_deterministic_algorithms(before)
+
+
+@dataclass
+class DriverComponents(Components):
+    """The pieces of a run whose ranks are elsewhere: of the model names, shapes and config, and no weights."""
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        described = describe_model(self.recipe.model, self.held)
+        if self.recipe.lora is not None:
+            inject(described.model, self.recipe.lora, self.precision.master)
+        freeze_parameters(described.model, self.recipe.model.freeze)
+        return described
+
+
+@dataclass
+class RankComponents(Components):
+    """The pieces of one rank of several: its part of the model, cut and loaded as `mesh` says."""
+
+    mesh: Mesh | None = None
+
+    @cached_property
+    def device(self) -> torch.device:
+        assert self.mesh is not None
+        return self.mesh.device
+
+    @cached_property
+    def loaded(self) -> Loaded:
+        return self._on_mesh[0]
+
+    @cached_property
+    def execution(self) -> MeshExecution:
+        return self._on_mesh[1]
+
+    @cached_property
+    def _on_mesh(self) -> tuple[Loaded, MeshExecution]:
+        assert self.mesh is not None
+        recipe, precision = self.recipe, self.precision
+        parallelism = Parallelism(self.mesh, recipe.parallel)
+        origin = locate(recipe.model)
+        if origin.implementation == "transformers":
+            # It makes its modules its own way, so each rank has all of it on the host for a moment.
+            types = {"dtype": self.held, "compute_dtype": precision.compute}
+            loaded = load_model(recipe.model, device=self.device, **types, seed=recipe.run.seed)
+            self._adapt(loaded.model)
+            return loaded, parallelism.shard_loaded(loaded.model, precision, self.blocks)
+        attention = choose_attention(recipe.model.attention, self.device, precision.compute)
+        kernel = parallelism.kernel(attention.kernel)
+        shapes = {"dtype": self.held, "device": "meta", "compute": precision.compute}
+        execution = parallelism.apply(
+            partial(build, origin.config, kernel, **shapes),
+            precision,
+            self.blocks,
+            partial(freeze_parameters, patterns=recipe.model.freeze),
+            recipe.lora,
+        )
+        load_weights(execution, None if recipe.model.init else origin.folder, recipe.run.seed, recipe.lora)
+        name = attention.name if parallelism.context is None else f"{recipe.parallel.cp_kind} over {attention.name}"
+        return Loaded(execution.whole, origin.implementation, origin.reason, name, origin.folder), execution
+
+    def leak(self) -> str | None:
+        """As of one process, of the model itself where it is of transformers, else of two layers like its own."""
+        if self.loaded.implementation == "transformers":
+            reason = self._probe(self.execution.model, self.execution.weights())
+            self.execution.sharding.reshard()
+            return reason
+        config = dict(self.loaded.model.config)
+        attention = choose_attention(self.recipe.model.attention, self.device, self.compute)
+        small = build(shallow(config), attention.kernel, dtype=self.compute, device=self.device, compute=self.compute)
+        initialise(small, self.recipe.run.seed)
+        return self._probe(small, nullcontext())
 
 
 def _load_tokenizer(model: ModelConfig, folder: Path) -> Any:

@@ -373,6 +373,14 @@ class TrainConfig(Section):
     """Mean over all trained tokens of a step, or over samples of each one's mean."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in backward: none, all but matrix products and attention, or whole blocks."""
+    recompute_every: Positive = 1
+    """Of how many blocks in a row one is recomputed; 1 takes every block."""
+    router_aux_loss: NonNegative = 0.0
+    """Weight of the load-balancing loss of experts, computed in each document (arXiv 2101.03961, 2412.19437)."""
+    router_z_loss: NonNegative = 0.0
+    """Weight of the routers' z-loss (arXiv 2202.08906)."""
+    router_bias_rate: NonNegative = 0.0
+    """Step by which sigmoid routers' choice is corrected toward an even load after every update (arXiv 2408.15664)."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile of each block; auto does it on CUDA."""
     neftune_alpha: NonNegative | None = None
@@ -418,6 +426,8 @@ class CheckpointConfig(Section):
     """Checkpoints to keep; null keeps all."""
     keep_best: bool = False
     """Also keep the checkpoint with the lowest held-out loss, and export that one."""
+    step: Annotated[int, Field(ge=0)] | None = None
+    """Go on from the checkpoint of this step; null takes the newest that is whole."""
     resume: str = "auto"
     """auto goes on from the folder's newest checkpoint, `never` wants a folder without any, a path names one."""
     export: Literal["end", "save", "never"] = "end"
@@ -506,16 +516,6 @@ class ParallelConfig(Section):
             )
         if self.etp not in (1, self.tp):
             raise ValueError(f"parallel.etp={self.etp} is neither 1 nor parallel.tp={self.tp}; set it to one of them")
-        return self
-
-    @model_validator(mode="after")
-    def _one_process(self) -> ParallelConfig:
-        for name in ("dp_replicate", "dp_shard", "tp", "cp", "pp", "ep"):
-            if getattr(self, name) not in (1, "auto"):
-                raise ValueError(
-                    f"parallel.{name}={getattr(self, name)}: this version trains on one process; "
-                    f"set parallel.{name} to 1"
-                )
         return self
 
 
@@ -649,6 +649,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:
+        if self.lora is not None and self.model.freeze:
+            raise ValueError(
+                f"model.freeze={', '.join(self.model.freeze)}: with lora all but the adapters is frozen already; "
+                "remove it, or lora"
+            )
         streams = [s for s in self.data.train if s.streaming]
         if streams and self.train.steps is None:
             raise ValueError(

@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from burnish.data.pack import Layout, pack
-from burnish.parallel.execution import merge
-from burnish.types import Evaluator, Sample, Stats
+from burnish.types import Evaluator, Sample, Stats, merge
 
 CHUNK = 2048
 """Rows packed together; it bounds memory, and packs are the fuller the larger it is."""

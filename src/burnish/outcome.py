@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from burnish.components import Components
 from burnish.data.chat import TextTokenizer
 from burnish.data.feed import Feed, Preparation
+from burnish.data.pack import Layout
 from burnish.data.prepare import DROPPED, count_rows
 from burnish.data.rows import Rows
 from burnish.files import write_whole
@@ -29,6 +31,7 @@ from burnish.observe.report import (
     write_report,
 )
 from burnish.observe.units import count_text, duration_text
+from burnish.rank import Rank, RankGroup
 from burnish.recipe import dump
 from burnish.run import Run, RunFolder
 from burnish.types import Sample
@@ -47,33 +50,40 @@ SHOWN_SAMPLES = 3
 """Rendered samples of each source in the report."""
 
 
-def start_facts(parts: Components, length: RunLength) -> list[tuple[str, str]]:
+def start_facts(parts: Components, length: RunLength, layout: Layout, ranks: Rank | RankGroup) -> list[tuple[str, str]]:
     """Labels and values of what is about to run."""
     recipe, loaded = parts.recipe, parts.loaded
     frozen = sum(p.numel() for p in loaded.model.parameters() if not p.requires_grad)
     parameters = count_text(loaded.num_parameters) + (f", {count_text(frozen)} of them frozen" if frozen else "")
     precision = [f"{name} {value}" for name, value in recipe.precision]
     unit, size = recipe.batch.size
-    budget = parts.layout.tokens_per_micro_batch
+    budget = layout.tokens_per_micro_batch
     rows = ", ".join(
         f"{s.name} ({s.format}{f', {s.num_rows:,} rows' if s.num_rows is not None else ', streamed'})"
         for s in parts.corpus.train
     )
     facts = [
         ("model", f"{loaded.facts['architecture']}, {parameters} parameters, {loaded.facts['implementation']}"),
-        ("attention", f"{loaded.attention}, {KINDS[parts.layout.kind]}"),
+        ("attention", f"{ranks.attention()}, {KINDS[layout.kind]}"),
         ("data", rows),
         ("held out", ", ".join(f"{s.name} ({s.num_rows:,} rows)" for s in parts.corpus.validation) or "none"),
         ("length", f"{length.total_steps:,} steps of {size:,} {unit}, micro-batches of {budget:,} tokens"),
         ("precision", ", ".join(precision)),
-        ("layout", f"one process on {parts.device}"),
+        ("layout", _layout_text(ranks, str(parts.device))),
     ]
-    utilisation = parts.utilisation()
+    utilisation = parts.utilisation(ranks.world_size)
     if utilisation is not None:
         facts.append(
             ("MFU", formula_text(utilisation.shape, torch.cuda.get_device_name(parts.device), utilisation.peak))
         )
     return facts
+
+
+def _layout_text(ranks: Rank | RankGroup, device: str) -> str:
+    if ranks.world_size == 1:
+        return f"one process on {device}"
+    axes = [f"{name} {size}" for name, size in asdict(ranks.degrees).items() if size > 1]
+    return f"{ranks.world_size} ranks on {device.partition(':')[0]}: {', '.join(axes)}"
 
 
 def write_facts(
@@ -213,10 +223,10 @@ def write_run_report(
     folder: RunFolder,
     feed: Feed,
     held_out: Sequence[Preparation],
-    length: RunLength,
+    facts: Sequence[tuple[str, str]],
     summary: Mapping[str, Any],
 ) -> None:
-    """report.html, from what the run left in its folder and from the first rows of its sources.
+    """report.html, from `start_facts`, what the run left in its folder, and the first rows of its sources.
 
     data.json gets the counts of the whole run, which `write_facts` could not know yet.
     """
@@ -250,7 +260,7 @@ def write_run_report(
     ]
     report = Report(
         title=parts.recipe.run.name or folder.path.name,
-        facts=[*start_facts(parts, length), *((f"{name} version", text) for name, text in versions().items())],
+        facts=[*facts, *((f"{name} version", text) for name, text in versions().items())],
         summary=result_facts(summary, folder),
         metrics=metrics,
         sources=[*trained, *evaluated],

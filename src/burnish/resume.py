@@ -24,6 +24,7 @@ FREE = (
     "batch.tokens_per_micro_batch",
     "batch.packing",
     "train.recompute",
+    "train.recompute_every",
     "train.compile",
     "train.memory_check",
     "train.on_nonfinite",
@@ -38,6 +39,8 @@ FREE = (
     "data.train.*.slice",
     "data.train.*.name",
     "data.validation.*",
+    "lora.merge",
+    "lora.path",
     "model.path",
     "model.init",
     "model.revision",
@@ -50,6 +53,9 @@ compared by content. Everything else alters results: data, order, model and opti
 
 
 LATER_KEYS = {
+    "train.router_aux_loss": 0.0,
+    "train.router_z_loss": 0.0,
+    "train.router_bias_rate": 0.0,
     "data.train_reasoning": True,
     "data.train_tool_calls": True,
     "data.turn_per_sample": False,

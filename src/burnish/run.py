@@ -23,7 +23,6 @@ from burnish.data.pack import Layout
 from burnish.files import write_whole
 from burnish.observe.metrics import Line, MetricsWriter, StepWindow, Stopwatch, Totals
 from burnish.observe.trackers import Tracker
-from burnish.train.checkpoint import retain
 from burnish.types import Source, Stats, StepInput, Trainer, UserError
 
 LOG = logging.getLogger(__name__)
@@ -259,7 +258,7 @@ class Run:
             self.save(trainer, source)
 
     def save(self, trainer: Trainer, source: Source) -> None:
-        """Write the checkpoint of the current step, delete what retention no longer keeps, and export if asked."""
+        """Save the current step, behind training, with the older ones that retention keeps, and export if asked."""
         step = self.progress.step
         self._flush()
         if self.saved_step == step:
@@ -267,14 +266,10 @@ class Run:
         with self.clock("save"):
             self.count_time()
             state = {"cursor": source.state_dict(), "progress": self.progress.state_dict(), "identity": self.identity}
-            trainer.save(str(self.folder.checkpoints), state)
-            self.saved_step, self._last_save = step, time.monotonic()
             best = self.progress.best_step
-            retain(
-                self.folder.checkpoints,
-                self.save_config.keep,
-                {best} if self.save_config.keep_best and best is not None else set(),
-            )
+            protected = {best} if self.save_config.keep_best and best is not None else set()
+            trainer.save(str(self.folder.checkpoints), state, self.save_config.keep, protected)
+            self.saved_step, self._last_save = step, time.monotonic()
             if self.save_config.export == "save":
                 self.export(step)
 
@@ -286,16 +281,19 @@ class Run:
 
 
 @contextmanager
-def stop_on_signals(run: Run) -> Iterator[None]:
-    """SIGINT and SIGTERM let the current step finish and end the loop; a second one ends the process at once.
+def stop_on_signals(run: Run, end_at_once: Callable[[int], None], limit: Callable[[int], object]) -> Iterator[None]:
+    """SIGINT and SIGTERM let the current step finish and end the loop; a second one calls `end_at_once` with the exit
+    status, and `limit` is called with it at a SIGTERM, whose sender will not wait for ever.
 
     Python hands signals to the main thread alone: in another, nothing is changed.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
         if run.interrupted is not None:
-            os._exit(128 + number)
+            end_at_once(128 + number)
         run.interrupted = signal.Signals(number)
+        if number == signal.SIGTERM:
+            limit(128 + number)
         LOG.info(f"{signal.Signals(number).name}: finishing the step, then saving; again stops at once")
 
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()

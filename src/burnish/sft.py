@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,10 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from burnish.components import Components
+from burnish.cluster.launch import end_after, is_local, open_ranks, with_restarts
+from burnish.cluster.peers import environment_world
+from burnish.components import Components, DriverComponents
 from burnish.config import Recipe, RecipeError
 from burnish.data.feed import Feed, Preparation
-from burnish.data.pack import pack
+from burnish.data.pack import Layout, pack
 from burnish.data.source import BatchSize, Prefetch, RowsError
 from burnish.evaluate import evaluate
 from burnish.export import Card, write_export
@@ -39,12 +43,13 @@ from burnish.outcome import (
     write_facts,
     write_run_report,
 )
+from burnish.parallel.degrees import Degrees
+from burnish.rank import Rank, RankGroup, choose_layout, evaluation_layout
 from burnish.recipe import dump, read_recipe, recipe_from_dict
 from burnish.resume import altering_keys, check_resumable
 from burnish.run import Progress, Run, RunFolder, stop_on_signals
-from burnish.train.checkpoint import checkpoint_folder, latest_checkpoint, load_checkpoint, read_state, recover
+from burnish.train.checkpoint import checkpoint_folder, find_checkpoint, latest_checkpoint, read_state, recover
 from burnish.train.optim import DTYPES
-from burnish.train.trainer import LocalTrainer
 from burnish.types import Sample, UserError
 
 LOG = logging.getLogger(__name__)
@@ -65,9 +70,12 @@ class Session:
     """What one run holds besides its components: all that ends with it."""
 
     console: Console
+    facts: list[tuple[str, str]]
+    """What was said of it at its start."""
     feed: Feed
     source: Prefetch
-    trainer: LocalTrainer
+    trainer: Rank | RankGroup
+    layout: Layout
     length: RunLength
     clock: Stopwatch
     identity: dict[str, Any]
@@ -99,26 +107,44 @@ class SFT:
         self.recipe = _as_recipe(recipe, model)
         self.folder = RunFolder(self.recipe.run.dir)
         is_split = isinstance(dataset, Mapping) and "train" in dataset
-        self.parts = Components(
-            self.recipe,
-            self.folder.path,
-            given_model=model,
-            given_tokenizer=tokenizer,
-            train_rows=dataset["train"] if is_split else dataset,
-            validation_rows=dataset.get("validation") if is_split else None,
-        )
+        self._given = {
+            "given_tokenizer": tokenizer,
+            "train_rows": dataset["train"] if is_split else dataset,
+            "validation_rows": dataset.get("validation") if is_split else None,
+        }
+        self._given_model = model
+        self.is_alone = _is_alone(self.recipe)
+        if model is not None and not self.is_alone:
+            raise RecipeError(
+                "a model that is passed in lies in this process, and the recipe's cluster and parallel have several "
+                "ranks; save it to a folder and name that in model.path"
+            )
+        self.parts = self._whole if self.is_alone else DriverComponents(self.recipe, self.folder.path, **self._given)
         self._progress = Progress()
         self._saved_weights: Path | None = None
         """A checkpoint whose weights are to be loaded before the model is used, since its run had ended already."""
 
+    @cached_property
+    def _whole(self) -> Components:
+        """The pieces of the run in this process, its model whole."""
+        return Components(self.recipe, self.folder.path, given_model=self._given_model, **self._given)
+
     def train(self, resume: str | bool | None = None) -> Result:
         """Train, evaluate, save and export as the recipe says; a run that has finished returns its results.
 
-        `resume` overrides checkpoint.resume: True is `auto`, False `never`, a path a checkpoint.
+        `resume` overrides checkpoint.resume: True is `auto`, False `never`, a path a checkpoint. A run that loses ranks
+        goes on from its last checkpoint as often as cluster.max_restarts says.
         """
         how = {None: self.recipe.checkpoint.resume, True: "auto", False: "never"}.get(resume, str(resume))
-        with self._opened_folder() as console, ExitStack() as stack:
-            checkpoint = _checkpoint_to_resume(self.folder, how)
+        with self._opened_folder() as console:
+            starts = [(how, self.recipe.checkpoint.step), ("auto", None)]
+            return with_restarts(
+                lambda restarts: self._train(console, *starts[min(restarts, 1)]), self.recipe.cluster.max_restarts
+            )
+
+    def _train(self, console: Console, how: str, step: int | None) -> Result:
+        with ExitStack() as stack:
+            checkpoint = _checkpoint_to_resume(self.folder, how, step)
             finished = self._finished(console, checkpoint)
             if finished is not None:
                 return finished
@@ -132,7 +158,8 @@ class SFT:
     def dry_run(self) -> RunLength:
         """Everything but training: open, check, prepare where that comes first, load, probe, rehearse."""
         with self._opened_folder() as console, ExitStack() as stack:
-            checkpoint = _checkpoint_to_resume(self.folder, self.recipe.checkpoint.resume)
+            config = self.recipe.checkpoint
+            checkpoint = _checkpoint_to_resume(self.folder, config.resume, config.step)
             length = self._session(console, stack, checkpoint).length
             console.notice("dry run: all checks passed, nothing was trained")
             return length
@@ -142,20 +169,46 @@ class SFT:
         if not self.parts.corpus.validation:
             raise RecipeError("data.validation is empty; name the rows to evaluate on")
         self.parts.check_vocabulary()
-        self._load_saved_weights()
+        rank = self._rank_with_saved_weights()
         with TemporaryDirectory() as store, self.parts.feed(Path(store)) as feed:
             feed.prepare_held_out()
-            return evaluate(self.parts.scorer(), feed.held_out(), self.parts.evaluation_layout())
+            return evaluate(rank, feed.held_out(), evaluation_layout(self.recipe, choose_layout(self.recipe, rank)))
 
     def export(self, folder: str | Path) -> Path:
         """Write the model as it is now as a Hugging Face folder; returns it."""
-        self._load_saved_weights()
-        return _export(self.parts, self.recipe, self.folder, self._progress, Path(folder))
+        rank = self._rank_with_saved_weights()
+        return _export(rank, self.parts, self.recipe, self.folder, self._progress, Path(folder))
 
-    def _load_saved_weights(self) -> None:
+    def _rank_with_saved_weights(self) -> Rank:
+        """The model in this process, with the weights of the run's end where that was elsewhere or before."""
+        rank = Rank(self._whole)
         if self._saved_weights is not None:
-            self._progress = _load_weights(self.parts, self._saved_weights)
+            self._progress = Progress.from_state(rank.load_weights(self._saved_weights)["progress"])
             self._saved_weights = None
+        return rank
+
+    @contextmanager
+    def _ranks(self) -> Iterator[Rank | RankGroup]:
+        """Who trains: this process, or ranks of a cluster, which end with the block."""
+        if self.is_alone:
+            yield Rank(self.parts)
+            return
+        recipe, parallel = self.recipe, self.recipe.parallel
+        ranks = open_ranks(
+            recipe.cluster,
+            "burnish.rank:SeatedRank",
+            (json.loads(recipe.model_dump_json()), str(self.folder.path.resolve())),
+            device=self.parts.device.type,
+            logs=self.folder.path.resolve() / "logs",
+            log_level=recipe.run.log_level,
+            fits=lambda world: _fits(recipe, world),
+        )
+        try:
+            yield RankGroup(ranks, Degrees.of(parallel, ranks.world_size))
+        except BaseException:
+            ranks.kill()
+            raise
+        ranks.close()
 
     @contextmanager
     def _opened_folder(self) -> Iterator[Console]:
@@ -206,8 +259,10 @@ class SFT:
             LOG.info("preparing every row before step 1 (%s)", why_first)
             prepared = feed.prepare_training()
         length = run_length(recipe, order, None if prepared is None else [p.lengths for p in prepared])
-        clock = Stopwatch(parts.device.type)
-        trainer = parts.trainer(length.total_steps, clock)
+        trainer = stack.enter_context(self._ranks())
+        layout = choose_layout(recipe, trainer)
+        clock = Stopwatch(parts.device.type if self.is_alone else "cpu")
+        trainer.prepare(length.total_steps, clock)
         source, progress = feed.training(order, BatchSize(*recipe.batch.size)), None
         if state is not None:
             trainer.load(str(checkpoint))
@@ -216,8 +271,11 @@ class SFT:
             LOG.info("going on from %s", checkpoint)
         prefetch = Prefetch(source)
         stack.callback(prefetch.close)
-        console.facts(f"burnish sft: {recipe.run.name or folder.path.name}", start_facts(parts, length))
-        session = Session(console, feed, prefetch, trainer, length, clock, identity, held_out, prepared, progress)
+        facts = start_facts(parts, length, layout, trainer)
+        console.facts(f"burnish sft: {recipe.run.name or folder.path.name}", facts)
+        session = Session(
+            console, facts, feed, prefetch, trainer, layout, length, clock, identity, held_out, prepared, progress
+        )
         if recipe.train.memory_check:
             self._check_memory(session)
         return session
@@ -236,13 +294,14 @@ class SFT:
 
     def _check_memory(self, session: Session) -> None:
         """Forward and backward of a full micro-batch at the longest row known, so that too little memory shows now."""
-        layout = self.parts.layout
+        layout = session.layout
         budget = layout.tokens_per_micro_batch
         lengths = [int(p.lengths.max()) for p in [*session.held_out, *(session.prepared or [])] if p.lengths.any()]
         if session.prepared is None:
             lengths += [len(sample.tokens) for sample in session.source.peek()]
         longest = min(max(lengths), budget)
-        samples = [_all_trained(longest, number, self.parts.num_embeddings) for number in range(budget // longest)]
+        number = budget // longest * layout.data_ranks
+        samples = [_all_trained(longest, index, self.parts.num_embeddings) for index in range(number)]
         try:
             session.trainer.rehearse(pack(samples, layout))
         except torch.OutOfMemoryError as error:
@@ -267,23 +326,24 @@ class SFT:
         trackers = open_trackers(recipe.run.trackers, folder.path, name, resolved, resumed_step)
         for tracker in trackers:
             stack.callback(tracker.close)
-        held_out, layout = session.feed.held_out(), parts.evaluation_layout()
+        held_out, layout = session.feed.held_out(), evaluation_layout(recipe, session.layout)
+        device = parts.device.type if self.is_alone else "cpu"
         return Run(
             folder=folder,
             total_steps=session.length.total_steps,
             epoch_ends=session.length.epoch_ends,
-            layout=parts.layout,
+            layout=session.layout,
             normalization=recipe.train.loss,
             clock=session.clock,
-            window=StepWindow(session.clock, progress.totals, parts.device.type, parts.utilisation()),
+            window=StepWindow(session.clock, progress.totals, device, parts.utilisation(session.trainer.world_size)),
             metrics=metrics,
             trackers=trackers,
             watcher=session.console,
             save_config=recipe.checkpoint,
             evaluate_config=recipe.evaluate,
             held_out_loss=(lambda trainer: evaluate(trainer, held_out, layout)) if held_out else None,
-            answers=self._answers if recipe.evaluate.prompts else None,
-            export=lambda step: _export(parts, recipe, folder, progress, folder.export(step)),
+            answers=(lambda: self._answers(session.trainer)) if recipe.evaluate.prompts else None,
+            export=lambda step: _export(session.trainer, parts, recipe, folder, progress, folder.export(step)),
             identity=session.identity,
             log_every=recipe.run.log_every,
             stop_on_nonfinite=recipe.train.on_nonfinite == "stop",
@@ -291,16 +351,14 @@ class SFT:
             saved_step=resumed_step if checkpoint_folder(folder.checkpoints, progress.step).is_dir() else None,
         )
 
-    def _answers(self) -> Sequence[tuple[str, str]]:
-        from burnish.generate import generate  # the modelling code of transformers takes seconds to import
-
+    def _answers(self, trainer: Rank | RankGroup) -> Sequence[tuple[str, str]]:
         prompts, longest = self.recipe.evaluate.prompts, self.recipe.evaluate.max_new_tokens
-        answers = generate(self.parts.loaded.model, self.parts.tokenizer, prompts, max_new_tokens=longest)
-        return list(zip(prompts, answers, strict=True))
+        return list(zip(prompts, trainer.answers(prompts, longest), strict=True))
 
     def _fit(self, session: Session, run: Run) -> int | None:
         """Run the loop; returns the exit status of the signal that ended it, None where it came to its end."""
-        with stop_on_signals(run):
+        ranks, grace = session.trainer, self.recipe.cluster.grace
+        with stop_on_signals(run, ranks.end_at_once, lambda status: end_after(grace, ranks.kill, status)):
             if self.recipe.evaluate.at_start and session.progress is None:
                 run.evaluate_now(session.trainer)
                 if self.recipe.checkpoint.keep_best:
@@ -309,6 +367,7 @@ class SFT:
                 fit(session.trainer, session.source, run)
             except RowsError as error:
                 run.save(session.trainer, session.source)
+                session.trainer.finish_saves()
                 raise RowsError(
                     f"{error}\nstep {run.progress.step} is saved: once the row is mended or the recipe drops it, "
                     "start again with checkpoint.allow_changes=true"
@@ -316,6 +375,7 @@ class SFT:
             if run.interrupted is None:
                 return None
             run.save(session.trainer, session.source)
+            session.trainer.finish_saves()
         session.console.close()
         session.console.notice(
             f"{run.interrupted.name}: saved step {run.progress.step} of {run.total_steps}; "
@@ -332,11 +392,15 @@ class SFT:
         elif progress.step != run.saved_step:
             run.save(session.trainer, session.source)  # a run that goes on from the end of another folder's
         if checkpoint.export != "never":
-            exported = _export(self.parts, self.recipe, self.folder, progress, self.folder.export(progress.step))
+            target = self.folder.export(progress.step)
+            exported = _export(session.trainer, self.parts, self.recipe, self.folder, progress, target)
+        session.trainer.finish_saves()
+        if not self.is_alone:
+            self._saved_weights = checkpoint_folder(self.folder.checkpoints, progress.step)
         sources = self.parts.corpus.validation
         held_out = {s.name: found for s, found in zip(sources, session.held_out, strict=True)}
         summary = summarise(run, session.source.state_dict(), held_out, exported)
-        write_run_report(self.parts, self.folder, session.feed, session.held_out, session.length, summary)
+        write_run_report(self.parts, self.folder, session.feed, session.held_out, session.facts, summary)
         self.folder.write_json(self.folder.summary.name, summary)
         session.console.close()
         session.console.facts("finished", result_facts(summary, self.folder))
@@ -345,8 +409,26 @@ class SFT:
         return Result(summary, self.folder.path, exported)
 
 
-def _export(parts: Components, recipe: Recipe, run: RunFolder, progress: Progress, target: Path) -> Path:
-    """Write the weights that `parts` holds now, which are those of `progress`, as a Hugging Face folder; returns it."""
+def _is_alone(recipe: Recipe) -> bool:
+    """Whether the run is one process, which trains by itself."""
+    is_asked_alone = recipe.run.device == "cpu" or not torch.cuda.is_available()
+    is_sharded = recipe.parallel.offload == "parameters"
+    world = environment_world(os.environ)
+    return world is None and not is_sharded and is_local(recipe.cluster, "cpu" if is_asked_alone else "cuda")
+
+
+def _fits(recipe: Recipe, world: int) -> bool:
+    try:
+        Degrees.of(recipe.parallel, world)
+    except RecipeError:
+        return False
+    return True
+
+
+def _export(
+    rank: Rank | RankGroup, parts: Components, recipe: Recipe, run: RunFolder, progress: Progress, target: Path
+) -> Path:
+    """Write the weights that `rank` holds now, which are those of `progress`, as a Hugging Face folder; returns it."""
     model, last = parts.loaded.model, progress.last_evaluation
     card = Card(
         name=recipe.run.name or run.path.name,
@@ -362,7 +444,7 @@ def _export(parts: Components, recipe: Recipe, run: RunFolder, progress: Progres
     )
     return write_export(
         target,
-        lambda folder: model.export(folder, DTYPES[recipe.checkpoint.export_dtype]),
+        lambda folder: rank.export(folder.resolve(), DTYPES[recipe.checkpoint.export_dtype]),
         parts.tokenizer,
         parts.generation_config,
         stop_ids(parts.tokenizer_facts, model.config, parts.generation_config),
@@ -381,12 +463,12 @@ def _as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path, model: Any) -> R
     return recipe_from_dict(tree)
 
 
-def _checkpoint_to_resume(folder: RunFolder, how: str) -> Path | None:
+def _checkpoint_to_resume(folder: RunFolder, how: str, step: int | None) -> Path | None:
     """The checkpoint that `how` (checkpoint.resume) asks for; None to start from the model's own weights.
 
     A checkpoint elsewhere is where a run begins; once the folder has checkpoints of its own, it goes on from those.
     """
-    own = latest_checkpoint(folder.checkpoints)
+    own = find_checkpoint(folder.checkpoints, step if how == "auto" else None)
     if how == "auto":
         return own
     if how == "never":
@@ -397,18 +479,11 @@ def _checkpoint_to_resume(folder: RunFolder, how: str) -> Path | None:
             )
         return None
     place = Path(how)
-    found = place if (place / "state.json").is_file() else latest_checkpoint(place / "checkpoints")
+    found = place if (place / "state.json").is_file() else find_checkpoint(place / "checkpoints", step)
     if found is None:
         raise RecipeError(f"checkpoint.resume={how}: neither a checkpoint (iter_...) nor a run folder with one")
     is_own = found.resolve().parent == folder.checkpoints.resolve()
     return found if is_own or own is None else own
-
-
-def _load_weights(parts: Components, checkpoint: Path) -> Progress:
-    """Fill the model with the weights of a checkpoint; returns the progress it was saved with."""
-    named = parts.loaded.model.named_parameters()
-    state = load_checkpoint(checkpoint, {f"model.{name}": p.detach() for name, p in named}, prefix="model.")
-    return Progress.from_state(state["progress"])
 
 
 def _all_trained(length: int, number: int, vocab_size: int) -> Sample:
@@ -455,5 +530,6 @@ def export_run(run: str, step: int | None = None, out: str | None = None) -> Pat
     model = recipe.model.model_copy(update={"path": None, "init": str(folder.path / "model"), "tokenizer": None})
     data = recipe.data.model_copy(update={"chat_template": None})  # RUN/model has it already
     parts = Components(recipe.model_copy(update={"model": model, "data": data}), folder.path)
-    progress = _load_weights(parts, checkpoint)
-    return _export(parts, recipe, folder, progress, Path(out) if out else folder.export(progress.step))
+    rank = Rank(parts)
+    progress = Progress.from_state(rank.load_weights(checkpoint)["progress"])
+    return _export(rank, parts, recipe, folder, progress, Path(out) if out else folder.export(progress.step))

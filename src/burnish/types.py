@@ -7,7 +7,7 @@ Shape suffixes: T tokens and K trained tokens of a pack, N its documents, D hidd
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -266,6 +266,14 @@ class Weighted:
 Stats = dict[str, Weighted]
 
 
+def merge(left: Stats, right: Stats) -> Stats:
+    """The statistics of both, weighted values added."""
+    return {
+        name: left[name] + right[name] if name in left and name in right else (left | right)[name]
+        for name in left | right
+    }
+
+
 class Source(Protocol):
     """Where samples come from: rows of a file (SFT), rollouts of an engine (RL), a user's own function."""
 
@@ -301,7 +309,16 @@ class Trainer(Evaluator, Protocol):
 
     def step(self, inputs: StepInput) -> Stats: ...
 
-    def save(self, folder: str, state: dict[str, Any]) -> None: ...
+    def save(
+        self, folder: str, state: dict[str, Any], keep: int | None = None, protect: Set[int] = frozenset()
+    ) -> None:
+        """Copy what a resume needs, and write it below `folder` while training goes on; then delete older steps but
+        the `keep` newest and those of `protect`. Raises what the save before came to."""
+        ...
+
+    def finish_saves(self) -> None:
+        """Return when the last save is on the disk, or raise why it is not."""
+        ...
 
     def load(self, folder: str) -> dict[str, Any]: ...
 

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 import yaml
-from workshop import wait_for_step, weights
+from workshop import wait_for_checkpoint, wait_for_step, weights
 
 from burnish.cli import main
 
@@ -109,7 +109,7 @@ def test_a_folder_in_use_is_refused(workshop) -> None:
 def test_a_changed_recipe_is_refused_with_the_difference(workshop) -> None:
     recipe = workshop.recipe()
     process = workshop.start("sft", str(recipe))
-    wait_for_step(workshop.folder / "runs" / "a", 5, process)
+    wait_for_checkpoint(workshop.folder / "runs" / "a", process)
     process.kill()
     refused = workshop.burnish("sft", str(recipe), "optim.lr=1e-3", "run.log_every=2", status=2)
     assert "optim.lr" in refused

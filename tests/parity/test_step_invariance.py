@@ -68,7 +68,7 @@ def test_the_whole_batch_is_the_definition(normalization: str) -> None:
     """Against the definition written out one document at a time, with full logits, in float64."""
     trainer, samples = make_trainer(torch.float64), make_samples()
     loss, found = gradients(trainer, samples, Layout(4096), normalization)
-    model = trainer.model
+    model = trainer.execution.model
     total, denominator = torch.zeros((), dtype=torch.float64), 0.0
     for sample in samples:
         batch = pack([_all_trained(sample)], Layout(4096)).batches[0][0]
@@ -113,7 +113,7 @@ def test_bf16_compute_stays_close_and_gradients_are_of_the_master_type(normaliza
     assert bf16_loss == pytest.approx(loss, rel=1e-2)
     assert {g.dtype for g in found.values()} == {torch.float32}
     assert worst(found, reference) < 5e-2
-    assert {p.dtype for p in rounded.model.parameters()} == {torch.float32}, "the masters are back in place"
+    assert {p.dtype for p in rounded.execution.model.parameters()} == {torch.float32}, "the masters are back in place"
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
@@ -123,7 +123,7 @@ def test_recomputation_changes_no_bit(mode: str, compute: torch.dtype) -> None:
 
     samples = make_samples()
     plain, again = make_trainer(torch.float32, compute), make_trainer(torch.float32, compute)
-    recompute_blocks(again.model.blocks(), mode)
+    recompute_blocks(again.execution.model.blocks(), mode)
     _, expected = gradients(plain, samples, Layout(200), "token")
     _, found = gradients(again, samples, Layout(200), "token")
     assert all(torch.equal(found[n], expected[n]) for n in expected)

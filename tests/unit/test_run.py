@@ -58,14 +58,14 @@ def test_a_run_folder_that_cannot_be_made_is_the_recipes_fault(tmp_path: Path) -
         pass
 
 
-def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_signal_ends_the_process_at_once_and_sigterm_has_a_limit() -> None:
     ended: list[int] = []
-    monkeypatch.setattr(os, "_exit", ended.append)
+    limits: list[int] = []
     run: Any = SimpleNamespace(interrupted=None)
     before = signal.getsignal(signal.SIGINT)
-    with stop_on_signals(run):
+    with stop_on_signals(run, ended.append, limits.append):
         os.kill(os.getpid(), signal.SIGTERM)
         assert (run.interrupted, ended) == (signal.SIGTERM, [])
         os.kill(os.getpid(), signal.SIGINT)
-        assert ended == [130]
+        assert (ended, limits) == ([130], [143])
     assert signal.getsignal(signal.SIGINT) is before

@@ -94,12 +94,12 @@ def with_restarts(run_once: Callable[[int], T], max_restarts: int) -> T:
             LOG.warning("restart %d of %d, from the last checkpoint", restarts, max_restarts)
 
 
-def end_after(seconds: float, ranks: Ranks, status: int) -> threading.Timer:
-    """End ranks and driver with `status` when `seconds` have passed, unless the timer is cancelled before."""
+def end_after(seconds: float, kill: Callable[[], None], status: int) -> threading.Timer:
+    """End the driver with `status`, behind `kill`, when `seconds` have passed, unless the timer is cancelled before."""
 
     def end() -> None:
         LOG.error("not finished within cluster.grace=%g s: ending as it is", seconds)
-        ranks.kill()
+        kill()
         os._exit(status)
 
     timer = threading.Timer(seconds, end)

@@ -209,7 +209,8 @@ def _batch(samples: Sequence[Sample], scales: np.ndarray, source_names: tuple[st
 
     if not samples:
         idle = Sample(np.zeros(1, np.int32), np.zeros(1, np.float32), source_names[0])
-        return replace(_batch([idle], np.ones(1), source_names), samples=())
+        batch = _batch([idle], np.ones(1), source_names)
+        return replace(batch, samples=(), documents=replace(batch.documents, has_padding=True))
     lengths = [len(s.tokens) for s in samples]
     starts = np.concatenate(([0], np.cumsum(lengths)))
     raw_T = np.concatenate([s.loss_weights for s in samples])

@@ -95,15 +95,18 @@ class HFModel(CausalLM):
         self._use(self.own_attention)
         return self.inner
 
-    def export(self, folder: str | Path, dtype: torch.dtype) -> None:
-        """Write weights in `dtype` and configs as `save_pretrained` does, which also undoes renamings of loading."""
+    def export(self, folder: str | Path, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write weights in `dtype` and configs as `save_pretrained` does, which also undoes renamings of loading.
+
+        `weights` stand for the model's own where those are shards.
+        """
         self._use(self.own_attention)
         logging.disable_progress_bar()
         # Tied weights must stay one tensor, or they would be written twice.
         casts: dict[int, Tensor] = {}
         state = {
             name: casts.setdefault(tensor.data_ptr(), tensor.to(dtype) if tensor.is_floating_point() else tensor)
-            for name, tensor in self.inner.state_dict().items()
+            for name, tensor in (weights or self.inner.state_dict()).items()
         }
         self.inner.save_pretrained(folder, state_dict=state)
         path = Path(folder, "config.json")
@@ -229,6 +232,13 @@ def _initialise(raw: Mapping[str, Any], trust_remote_code: bool, dtype: torch.dt
         torch.manual_seed(seed)
         inner = AutoModelForCausalLM.from_config(config_of(raw), dtype=dtype, trust_remote_code=trust_remote_code)
     return _with_every_cap(inner)
+
+
+def describe_hf_model(raw: Mapping[str, Any], trust_remote_code: bool, dtype: torch.dtype) -> HFModel:
+    """A model on meta, for its names, shapes and config; nothing of it can run."""
+    with torch.device("meta"):
+        inner = AutoModelForCausalLM.from_config(config_of(raw), dtype=dtype, trust_remote_code=trust_remote_code)
+    return HFModel(inner, Attention("sdpa", attend_sdpa))
 
 
 def _attention_of(inner: PreTrainedModel) -> str:

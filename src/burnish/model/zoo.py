@@ -72,6 +72,26 @@ class Loaded:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a recipe's model comes from, and whose modules compute it."""
+
+    folder: Path
+    """Where config.json was read."""
+    config: dict[str, Any]
+    implementation: Literal["native", "transformers"]
+    reason: str
+
+
+def locate(model: ModelConfig) -> Origin:
+    """The model of a recipe, before any weight is read. Raises UserError where there is none or none that runs it."""
+    source = Path(model.init) if model.init else find_folder(str(model.path), model.revision, model.trust_remote_code)
+    config = complete(read_config(source))
+    return Origin(
+        source if source.is_dir() else source.parent, config, *choose_implementation(model.implementation, config)
+    )
+
+
 def load_model(
     model: ModelConfig,
     *,
@@ -85,20 +105,29 @@ def load_model(
     `dtype` is that of the parameters, `compute_dtype` that of the activations, by which the attention kernel is chosen.
     Raises UserError where there is no such model, or the implementation or kernel asked for cannot run it.
     """
-    source = Path(model.init) if model.init else find_folder(str(model.path), model.revision, model.trust_remote_code)
-    folder = source if source.is_dir() else source.parent
-    config = complete(read_config(source))
-    implementation, reason = choose_implementation(model.implementation, config)
-    if implementation == "transformers":
-        loaded = _load_by_transformers(model, config, folder, device, dtype, compute_dtype, seed)
-        return Loaded(loaded, implementation, reason, loaded.attention, folder)
+    origin = locate(model)
+    if origin.implementation == "transformers":
+        loaded = _load_by_transformers(model, origin.config, origin.folder, device, dtype, compute_dtype, seed)
+        return Loaded(loaded, origin.implementation, origin.reason, loaded.attention, origin.folder)
     attention = choose_attention(model.attention, device, compute_dtype)
-    native = build(config, attention.kernel, dtype=dtype, device=device, compute=compute_dtype)
+    native = build(origin.config, attention.kernel, dtype=dtype, device=device, compute=compute_dtype)
     if model.init:
         initialise(native, seed)
     else:
-        read_weights(folder, native)
-    return Loaded(native, implementation, reason, attention.name, folder)
+        read_weights(origin.folder, native)
+    return Loaded(native, origin.implementation, origin.reason, attention.name, origin.folder)
+
+
+def describe_model(model: ModelConfig, dtype: torch.dtype) -> Loaded:
+    """The model of a recipe on meta: names, shapes and config, for whoever computes nothing. Raises as `load_model`."""
+    origin = locate(model)
+    if origin.implementation == "transformers":
+        from burnish.model.hf_model import describe_hf_model
+
+        described: CausalLM = describe_hf_model(origin.config, model.trust_remote_code, dtype)
+    else:
+        described = build(origin.config, attend_sdpa, dtype=dtype, device="meta")
+    return Loaded(described, origin.implementation, origin.reason, "", origin.folder)
 
 
 def adopt_model(
@@ -224,6 +253,13 @@ def build(
         parameter.data = parameter.data.to(dtype)  # buffers keep their own type
     set_compute(model, compute or dtype, device)
     return model.to_empty(device=device)
+
+
+def shallow(config: dict[str, Any], num_layers: int = 2) -> dict[str, Any]:
+    """The config of a model like it with so many of its first layers, or all where it has fewer."""
+    num_layers = min(num_layers, config["num_hidden_layers"])
+    cut = {key: config[key][:num_layers] for key in ("layer_types",) if config.get(key)}
+    return {**config, "num_hidden_layers": num_layers, **cut}
 
 
 @torch.no_grad()

@@ -34,22 +34,20 @@ def pad(batch: Batch, multiple: int) -> Batch:
 
 
 def pad_to(batch: Batch, num_tokens: int) -> Batch:
-    """`batch`, which is not padded yet, filled up to `num_tokens` by one document of which nothing is trained."""
-    missing = num_tokens - batch.num_tokens
+    """`batch` filled up to `num_tokens`, its last document of which nothing is trained: one more, or a longer one."""
+    documents, missing = batch.documents, num_tokens - batch.num_tokens
     assert missing >= 0, (num_tokens, batch.num_tokens)
-    assert not batch.documents.has_padding, batch.documents.lengths
     if not missing:
         return batch
-    documents = batch.documents
-    positions = torch.arange(missing, device=batch.positions_T.device)
+    *real, padding = documents.lengths if documents.has_padding else (*documents.lengths, 0)
+    bounds_N = documents.cu_seqlens[: len(real) + 1]
+    positions = torch.arange(padding, padding + missing, device=batch.positions_T.device)
     return replace(
         batch,
         tokens_T=functional.pad(batch.tokens_T, (0, missing)),
         positions_T=torch.cat((batch.positions_T, positions)),
         documents=Documents(
-            torch.cat((documents.cu_seqlens, documents.cu_seqlens[-1:] + missing)),
-            (*documents.lengths, missing),
-            has_padding=True,
+            torch.cat((bounds_N, bounds_N[-1:] + padding + missing)), (*real, padding + missing), has_padding=True
         ),
     )
 

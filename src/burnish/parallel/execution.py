@@ -15,25 +15,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from burnish.model.base import CausalLM
+from burnish.model.base import CausalLM, saved_buffers
 from burnish.model.lm_head import score
+from burnish.model.moe import MoE, Router
 from burnish.parallel.cp import ContextParallel, cut_tokens, pad
 from burnish.parallel.fsdp import Sharding
 from burnish.parallel.mesh import Mesh
+from burnish.parallel.pp import PipelineEngine, fill_up, own_parameters
 from burnish.parallel.tp import VocabularyParallel
-from burnish.types import Batch, Stats, TokenScores, Weighted
+from burnish.types import Batch, Stats, TokenScores, Weighted, merge
 
 LossOf = Callable[[TokenScores, Batch], tuple[Tensor, Stats]]
 NoiseOf = Callable[[Batch], Tensor | None]
 """What is added to the embeddings of a batch, [T, D]; None adds nothing."""
-
-
-def merge(left: Stats, right: Stats) -> Stats:
-    """The statistics of both, weighted values added."""
-    return {
-        name: left[name] + right[name] if name in left and name in right else (left | right)[name]
-        for name in left | right
-    }
 
 
 def without_noise(batch: Batch) -> None:
@@ -47,6 +41,44 @@ class Execution:
     model: CausalLM
     compute: torch.dtype
     device: torch.device
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters on this rank, each of which it updates, by name."""
+        return dict(self.model.named_parameters())
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the model on this rank: parameters and persistent buffers, by name."""
+        return self.parameters() | saved_buffers(self.model)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether any layer of the model has experts."""
+        return any(isinstance(module, MoE) for module in self.model.modules())
+
+    def routers(self) -> dict[str, Router]:
+        """The routers of this rank's layers, by the names of those."""
+        return {
+            name: module.router
+            for model in self.stages
+            for name, module in model.named_modules()
+            if isinstance(module, MoE)
+        }
+
+    @property
+    def stages(self) -> list[CausalLM]:
+        """The parts of the model on this rank, in order."""
+        return [self.model]
+
+    def sum_loads(self, loads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of tensors by layer, each added up over the ranks that route other tokens."""
+        return dict(loads)
+
+    def everywhere(self, values: Tensor) -> Tensor:
+        """Values of this rank's layers, added up over the parts of the model."""
+        return values
+
+    def after_update(self) -> None:
+        """Comes after every change of the weights by other means than a forward or backward."""
 
     def weights(self) -> AbstractContextManager[None]:
         """A context in which a forward of the model takes weights of the compute type; gradients reach the masters."""
@@ -108,50 +140,122 @@ class Execution:
 
 @dataclass
 class MeshExecution(Execution):
-    """The ranks of a mesh, each with its shards of the model and its part of every batch."""
+    """The ranks of a mesh, each with its shards of the model and its part of every batch.
+
+    `model` is the first of this rank's parts of a pipeline, or all of the model; `whole` is that on meta, for its names
+    and shapes. `context` and `vocabulary` say how packs are cut over cp ranks and the head over tp ranks, `pipeline`
+    how micro-batches go through the parts; each is None where there is one rank.
+    """
 
     mesh: Mesh
     sharding: Sharding
+    whole: CausalLM
     context: ContextParallel | None = None
-    """How packs are cut over cp ranks; None where there is one."""
     vocabulary: VocabularyParallel | None = None
-    """How the head is cut over tp ranks; None where there is one."""
+    pipeline: PipelineEngine | None = None
 
-    def __post_init__(self) -> None:
-        stage_world = dist.get_world_size() // self.mesh.degrees.pp
-        self._copies = {name: stage_world / _num_shards(p) for name, p in self.model.named_parameters()}
-        """Ranks that hold the same shard of a parameter."""
+    @property
+    def stages(self) -> list[CausalLM]:
+        """The parts of the model on this rank."""
+        return [self.model] if self.pipeline is None else list(self.pipeline.stages.values())
+
+    @property
+    def is_sparse(self) -> bool:
+        return any(isinstance(module, MoE) for module in self.whole.modules())
+
+    @property
+    def storage(self) -> torch.device:
+        """Where shards of parameters lie."""
+        return torch.device("cpu") if self.sharding.is_offloaded else self.device
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return super().parameters() if self.pipeline is None else own_parameters(self.pipeline.stages)
+
+    def state(self) -> dict[str, Tensor]:
+        buffers = {name: buffer for model in self.stages for name, buffer in saved_buffers(model).items()}
+        return self.parameters() | buffers
+
+    def sum_loads(self, loads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not loads:
+            return {}
+        table = torch.stack(list(loads.values()))
+        for axis in ("shard", "dp_replicate", "tp") if self._cuts_residuals else ("shard", "dp_replicate"):
+            dist.all_reduce(table, group=self.mesh.group(axis))
+        return dict(zip(loads, table.unbind(), strict=True))
+
+    def everywhere(self, values: Tensor) -> Tensor:
+        if self.mesh.degrees.pp > 1:
+            dist.all_reduce(values, group=self.mesh.group("pp"))
+        return values
+
+    def after_update(self) -> None:
+        if self.pipeline is not None:
+            self.pipeline.refresh_tied()
 
     def weights(self) -> AbstractContextManager[None]:
         return nullcontext()  # FSDP2 casts what it gathers
 
-    def place(self, batch: Batch) -> Batch:
+    @property
+    def _multiple(self) -> int:
+        """What the number of tokens of a pack must be a multiple of."""
         multiple = 1 if self.context is None else self.context.multiple
-        if self.vocabulary is not None and self.vocabulary.sequence_parallel:
-            multiple *= self.mesh.degrees.tp
-        padded = pad(batch, multiple)
+        return multiple * self.mesh.degrees.tp if self._cuts_residuals else multiple
+
+    @property
+    def _cuts_residuals(self) -> bool:
+        return self.vocabulary is not None and self.vocabulary.sequence_parallel
+
+    def place(self, batch: Batch) -> Batch:
+        padded = pad(batch, self._multiple)
         return (padded if self.context is None else self.context.cut(padded)).to(self.device)
 
+    def rows(self, batch: Batch) -> int:
+        """How many rows a placed batch's hidden states have between blocks."""
+        return len(batch.tokens_T) // (self.mesh.degrees.tp if self._cuts_residuals else 1)
+
     def scores(self, hidden_TD: Tensor, batch: Batch) -> TokenScores:
+        last = self.model if self.pipeline is None else self.pipeline.last
+        assert last is not None, "this rank has no head"
         if self.vocabulary is None:
-            return super().scores(hidden_TD, batch)
+            return score(hidden_TD[batch.trained_K], last.head(), batch.targets_K)
         hidden_KD = self.vocabulary.gather(hidden_TD)[batch.trained_K]
-        return self.vocabulary.score(hidden_KD, self.model.head(), batch.targets_K)
+        return self.vocabulary.score(hidden_KD, last.head(), batch.targets_K)
 
-    def _hidden(self, batch: Batch, noise_TD: Tensor | None) -> Tensor:
-        if noise_TD is not None:
-            noise_TD = cut_tokens(noise_TD, batch.documents)
-            noise_TD = noise_TD if self.vocabulary is None else self.vocabulary.cut(noise_TD)
-        return super()._hidden(batch, noise_TD)
-
-    def _begin(self, is_last: bool) -> None:
-        self.sharding.begin(is_last)
+    def forward_backward(
+        self, batches: Sequence[Batch], loss_of: LossOf, denominator: float, noise_of: NoiseOf = without_noise
+    ) -> Stats:
+        if self.pipeline is None:
+            return super().forward_backward(batches, loss_of, denominator, noise_of)
+        wholes = fill_up(batches, self.pipeline.parallel, self._multiple)
+        placed = [self.place(batch) for batch in wholes]
+        return self.pipeline.forward_backward(
+            placed,
+            lambda hidden_TD, batch: loss_of(self.scores(hidden_TD, batch), batch),
+            denominator,
+            lambda number: self._own_noise(noise_of(wholes[number]), placed[number]),
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], loss_of: LossOf) -> Stats:
-        stats = super().evaluate(batches, loss_of)
-        self.sharding.reshard()
-        return stats
+        if self.pipeline is None:
+            stats = super().evaluate(batches, loss_of)
+            self.sharding.reshard()
+            return stats
+        placed = [self.place(batch) for batch in fill_up(batches, self.pipeline.parallel, self._multiple)]
+        return self.pipeline.evaluate(placed, lambda hidden_TD, batch: loss_of(self.scores(hidden_TD, batch), batch))
+
+    def _hidden(self, batch: Batch, noise_TD: Tensor | None) -> Tensor:
+        return super()._hidden(batch, self._own_noise(noise_TD, batch))
+
+    def _own_noise(self, noise_TD: Tensor | None, batch: Batch) -> Tensor | None:
+        """Of the noise of a whole pack that of this rank's tokens."""
+        if noise_TD is None:
+            return None
+        here_TD = cut_tokens(noise_TD, batch.documents)
+        return here_TD if self.vocabulary is None else self.vocabulary.cut(here_TD)
+
+    def _begin(self, is_last: bool) -> None:
+        self.sharding.begin(is_last)
 
     def sum(self, stats: Stats) -> Stats:
         names = sorted(stats)
@@ -165,17 +269,21 @@ class MeshExecution(Execution):
         return {name: Weighted(*pair) for name, pair in zip(names, pairs.unbind(), strict=True)}
 
     def all_of(self, flag: Tensor) -> Tensor:
-        number = flag.float()
+        number = flag.to(self.device, torch.float32)
         dist.all_reduce(number, op=dist.ReduceOp.MIN)
         return number.bool()
 
     def norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        stage_world = dist.get_world_size() // self.mesh.degrees.pp
+        parameters = self.parameters()
         squares = [
-            global_norm([gradient]).double().square() / self._copies[name]
+            # Each shard counts once, however many ranks hold it.
+            global_norm([gradient]).double().square() * _num_shards(parameters[name]) / stage_world
             for name, gradient in gradients.items()
             if gradient.numel()
         ]
-        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=self.device)
+        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+        total = total.to(self.device)
         dist.all_reduce(total)
         return total.sqrt()
 

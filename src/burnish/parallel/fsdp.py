@@ -7,30 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
-from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from burnish.model.base import CausalLM
+from burnish.model.moe import Experts
 from burnish.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """The sharded parts of this rank's model, and when they are gathered and reduced. Made by `shard`."""
+    """The sharded modules of this rank, and when they are gathered and reduced."""
 
     modules: Sequence[FSDPModule]
     zero: Literal[1, 2, 3]
-    reduces_once: bool
-    """Gradients stay whole on each rank until the last micro-batch, in the type they are reduced in."""
+    has_narrow_masters: bool = False
+    is_offloaded: bool = False
 
     def begin(self, is_last: bool) -> None:
         """Call before the forward of each micro-batch of a step; `is_last` for the last one."""
+        reduces_once = self.zero == 1 or self.has_narrow_masters
         for module in self.modules:
             module.set_is_last_backward(is_last)
-            module.set_requires_gradient_sync(is_last or not self.reduces_once, recurse=False)
+            module.set_requires_gradient_sync(is_last or not reduces_once, recurse=False)
             module.set_reshard_after_backward(is_last or self.zero == 3, recurse=False)
 
     def reshard(self) -> None:
@@ -47,8 +49,10 @@ def shard(
     compute: torch.dtype,
     reduce: torch.dtype,
     offload: bool = False,
-) -> Sharding:
+) -> Sequence[FSDPModule]:
     """Shard the parameters of `model`, which may be on meta, over the data-parallel and context-parallel ranks.
+
+    Returns the modules that gather and reduce. Experts that expert-parallel ranks share are sharded over the others.
 
     Stage 3 gathers the weights of a block for its forward and again for its backward; 2 keeps them from the first
     forward of a step to its last backward; 1 keeps whole gradients, too, and reduces them once a step. Embedding, last
@@ -57,20 +61,17 @@ def shard(
     FSDP2 adds up reduced gradients in the type of the parameters. Where that is bf16 they are added up before that,
     whole and in `reduce`, as in stage 1.
     """
-    narrow = any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
     offload_policy = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
-    units: list[tuple[nn.Module, bool]] = [(block, zero == 3) for block in model.blocks()]
-    for unit, reshard_after_forward in [*units, (model, False)]:
-        fully_shard(
-            unit,
-            mesh=mesh.shards,
-            reshard_after_forward=reshard_after_forward,
-            mp_policy=policy,
-            offload_policy=offload_policy,
-        )
+    wrap = partial(fully_shard, mp_policy=policy, offload_policy=offload_policy)
+    if mesh.degrees.ep * mesh.degrees.etp > 1:
+        for experts in (module for module in model.modules() if isinstance(module, Experts)):
+            wrap(experts, mesh=mesh.expert_shards, reshard_after_forward=zero == 3)
+    for block in model.blocks():
+        wrap(block, mesh=mesh.shards, reshard_after_forward=zero == 3)
+    wrap(model, mesh=mesh.shards, reshard_after_forward=False)
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    return Sharding(modules, zero, reduces_once=zero == 1 or narrow)
+    return modules

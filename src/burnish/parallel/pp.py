@@ -26,9 +26,8 @@ from torch.distributed.tensor import DTensor
 
 from burnish.config import ParallelConfig
 from burnish.model.base import CausalLM
-from burnish.parallel.execution import merge
 from burnish.parallel.stages import SPLIT, Part, num_micro_batches, rank_of
-from burnish.types import Batch, Documents, Stats
+from burnish.types import Batch, Documents, Stats, merge
 
 LAYERS, NORM, HEAD = "model.layers", "model.norm", "lm_head"
 EMBEDDING = "model.embed_tokens"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from burnish.model.base import CausalLM
 
 SAVED_BY_SELECTIVE = (
     torch.ops.aten.mm.default,
@@ -44,3 +47,18 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     """torch.compile of each block for packs of any length."""
     for block in blocks:
         block.compile(dynamic=True)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How the blocks of a model are wrapped."""
+
+    recompute: Literal["none", "selective", "full"] = "none"
+    every: int = 1
+    """Of how many blocks in a row the first is recomputed."""
+    is_compiled: bool = False
+
+    def wrap(self, model: CausalLM) -> None:
+        recompute_blocks(model.blocks()[:: self.every], self.recompute)
+        if self.is_compiled:
+            compile_blocks(model.blocks())

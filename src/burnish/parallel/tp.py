@@ -78,7 +78,8 @@ class Embedding:
 
     def apply(self, module: nn.Module, axis: DeviceMesh) -> None:
         _place(module, axis, {"weight": Shard(0)})
-        module.forward = partial(_look_up, module, axis, self.tokens)
+        if isinstance(module, nn.Embedding):  # in the last part of a pipeline it is a tied head alone
+            module.forward = partial(_look_up, module, axis, self.tokens)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 Style = Columns | Rows | Whole | Vocabulary | Embedding

@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
-from torch.nn.utils import clip_grads_with_norm_
 
 from burnish.config import OptimConfig
 from burnish.train.states import (
@@ -88,14 +87,15 @@ def _progress(step: int, start: int, end: int) -> float:
     return min(1.0, max(0, step - 1 - start) / max(1, end - start))
 
 
-def scale_gradients(parameters: Iterable[Tensor], norm: Tensor, max_norm: float | None) -> None:
+def scale_gradients(gradients: list[Tensor], norm: Tensor, max_norm: float | None) -> None:
     """Clip: scale all gradients by min(1, max_norm / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_` does.
 
     `norm` is their global L2 norm, 0-dim. Gradients whose norm is not finite are left as they are; such a step is the
     optimizer's to refuse.
     """
-    if max_norm is not None:
-        clip_grads_with_norm_([p for p in parameters if p.grad is not None], max_norm, norm.where(norm.isfinite(), 0.0))
+    if max_norm is not None and gradients:
+        factor = (max_norm / (norm.where(norm.isfinite(), 0.0) + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, factor.to(gradients[0].device))  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Optimizer(ABC):

@@ -9,22 +9,24 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from burnish.config import OptimConfig
 from burnish.data.order import seed_from
 from burnish.parallel.execution import Execution, without_noise
-from burnish.train.checkpoint import load_checkpoint, read_state, save_checkpoint
+from burnish.train.checkpoint import Checkpointer, load_checkpoint, name_of_rank
 from burnish.train.loss import CrossEntropy
 from burnish.train.optim import States, build_optimizer, learning_rate, scale_gradients
+from burnish.train.states import Coded, local_part
 from burnish.types import Batch, Loss, Stats, StepInput, UserError, Weighted
 
 
@@ -32,6 +34,15 @@ class Clock(Protocol):
     """Times a named part of a step: a context manager by name."""
 
     def __call__(self, name: str) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Weights of the routers' losses, and the step by which a load is made even; all 0 leave routers alone."""
+
+    aux_loss: float = 0.0
+    z_loss: float = 0.0
+    bias_rate: float = 0.0
 
 
 @dataclass
@@ -63,39 +74,73 @@ class LocalTrainer:
     neftune_alpha: float | None = None
     reduce: torch.dtype = torch.float32
     clock: Clock = lambda name: nullcontext()
+    routing: Routing = Routing()
     num_steps: int = 0
 
     def __post_init__(self) -> None:
-        self.model, self.device = self.execution.model, self.execution.device
-        self.parameters: dict[str, nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self._shards = {name: _shard_of(parameter) for name, parameter in self.parameters.items()}
-        for shard in self._shards.values():
-            # Gradients of bf16 masters are added up in more than bf16's eight bits.
-            shard.grad_dtype = torch.promote_types(shard.dtype, self.reduce)
-        self.optimizer = build_optimizer(self._shards, self.optim, self.states, self.seed)
+        self.device = self.execution.device
+        self.parameters = {n: p for n, p in self.execution.parameters().items() if p.requires_grad}
+        for parameter in self.parameters.values():
+            if not isinstance(parameter, DTensor):
+                # Gradients of bf16 masters are added up in more than bf16's eight bits.
+                parameter.grad_dtype = torch.promote_types(parameter.dtype, self.reduce)
+        self.optimizer = build_optimizer(self.parameters, self.optim, self.states, self.seed)
+        self._checkpointer = Checkpointer()
+        self._routers = self.execution.routers()
+        for router in self._routers.values():
+            router.aux, router.z = self.routing.aux_loss, self.routing.z_loss
 
     def step(self, inputs: StepInput) -> Stats:
         """One optimizer step; the update is withheld on the device where the loss or the gradient is not finite."""
         step = self.num_steps + 1
         self.zero_grad()
+        for router in self._routers.values():
+            router.begin(inputs.num_tokens, self.device)
+        self._num_tokens = inputs.num_tokens
         with self.clock("forward_backward"):
             stats = self.accumulate(inputs, step)
         with self.clock("optimizer"):
-            shards = self._with_gradients()
-            grad_norm = self.execution.norm({name: s.grad for name, s in shards.items() if s.grad is not None})
-            scale_gradients(shards.values(), grad_norm, self.optim.clip_norm)
+            gradients = {name: local_part(p.grad) for name, p in self.parameters.items() if p.grad is not None}
+            grad_norm = self.execution.norm(gradients)
+            scale_gradients(list(gradients.values()), grad_norm, self.optim.clip_norm)
             finite = torch.isfinite(grad_norm)
             if stats:
                 finite = finite & torch.isfinite(torch.as_tensor(stats["loss"].sum))
             finite = self.execution.all_of(finite)
             rate = learning_rate(self.optim, step, self.total_steps)
             self.optimizer.step(rate, finite)
+            loads = self._balance(finite) if self.execution.is_sparse else {}
+            self.execution.after_update()
         self.num_steps = step
-        return stats | {
-            "grad_norm": Weighted(grad_norm.detach(), 1.0),
-            "lr": Weighted(rate, 1.0),
-            "nonfinite_steps": Weighted((~finite).float(), 1.0),
-        }
+        return (
+            stats
+            | loads
+            | {
+                "grad_norm": Weighted(grad_norm.detach(), 1.0),
+                "lr": Weighted(rate, 1.0),
+                "nonfinite_steps": Weighted((~finite).float(), 1.0),
+            }
+        )
+
+    def _balance(self, finite: torch.Tensor) -> Stats:
+        """Correct the routers by the loads of the whole step, and say how even those were, averaged over layers."""
+        counts = self.execution.sum_loads({name: r.counts_E.double() for name, r in self._routers.items()})
+        for name, router in self._routers.items():
+            # A step whose update is withheld changes nothing here either.
+            router.update_bias(self.routing.bias_rate, counts[name] * finite)
+        sums = {name: torch.stack((r.aux_sum, r.z_sum)).double() for name, r in self._routers.items()}
+        own = torch.zeros(5, dtype=torch.float64, device=self.device)
+        for name, losses in self.execution.sum_loads(sums).items():
+            means = counts[name].mean().clamp_min(1e-9)
+            own += torch.stack(
+                (counts[name].max() / means, (counts[name] == 0).double().mean(), *losses, means.new_ones(()))
+            )
+            self._routers[name].begin(None)
+        load_max, unused, aux, z, num_layers = self.execution.everywhere(own)
+        loads = {"router_load_max": Weighted(load_max, num_layers), "router_load_unused": Weighted(unused, num_layers)}
+        tokens = num_layers * self._num_tokens
+        losses = {"router_aux_loss": Weighted(aux, tokens)} if self.routing.aux_loss else {}
+        return loads | losses | ({"router_z_loss": Weighted(z, tokens)} if self.routing.z_loss else {})
 
     def accumulate(self, inputs: StepInput, step: int) -> Stats:
         """Add the gradients of every micro-batch of `step` to the parameters; returns statistics over all ranks."""
@@ -103,26 +148,14 @@ class LocalTrainer:
         batches, denominator = inputs.batches[0], inputs.denominator
         return self.execution.sum(self.execution.forward_backward(batches, self.loss, denominator, noise_of))
 
-    def _with_gradients(self) -> dict[str, nn.Parameter]:
-        """The shards that the optimizer updates, with the gradients that the parameters have now."""
-        for name, parameter in self.parameters.items():
-            if isinstance(parameter, DTensor):
-                gradient = parameter.grad
-                assert gradient is None or isinstance(gradient, DTensor)
-                shard = self._shards[name]
-                shard.grad = None if gradient is None else gradient.to_local().to(shard.grad_dtype)
-        return self._shards
-
     def zero_grad(self) -> None:
         """Drop all gradients."""
         self.optimizer.zero_grad()
-        for parameter in self.parameters.values():
-            parameter.grad = None
 
     def _noise(self, step: int, batch: Batch) -> torch.Tensor:
         """NEFTune's noise [T, D]: uniform in +-alpha / sqrt(L*D), drawn anew for each (seed, step, sample)."""
         assert self.neftune_alpha is not None
-        size = self.model.config["hidden_size"]
+        size = self.execution.model.config["hidden_size"]
         generator = torch.Generator(self.device)
         parts = [torch.zeros(0, size, device=self.device)]
         for sample in batch.samples:
@@ -142,29 +175,45 @@ class LocalTrainer:
         """Statistics over `inputs` with plain negative log-likelihood; weights and gradients stay as they are."""
         return Scorer(self.execution).evaluate(inputs)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything a resume needs that is a tensor, by the name it has in a checkpoint. Tied weights appear once."""
-        model = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
-        optimizer = {f"optim.{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
-        return model | optimizer
+    def tensors(self) -> dict[str, torch.Tensor | Coded]:
+        """What a resume needs of model and optimizer, by its name in a checkpoint. Tied weights appear once."""
+        model = {f"model.{name}": tensor.detach() for name, tensor in self.execution.state().items()}
+        return model | {f"optim.{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
 
-    def save(self, folder: str, state: dict[str, Any]) -> None:
-        """Write the checkpoint of the steps finished so far below `folder`."""
+    def save(
+        self, folder: str, state: dict[str, Any], keep: int | None = None, protect: Set[int] = frozenset()
+    ) -> None:
+        """Copy the state of the steps finished so far, and write it below `folder` while training goes on.
+
+        Once it is complete, `retain` deletes what `keep` and `protect` leave out. Raises what the save before came to.
+        """
         random = self._random_states()
-        own = {"num_steps": self.num_steps, "random_state_bytes": {kind: len(r) for kind, r in random.items()}}
-        tensors = self.tensors() | {f"rng.{kind}": tensor for kind, tensor in random.items()}
-        save_checkpoint(folder, self.num_steps, tensors, state | own)
+        tensors, own = self.tensors() | self._of_rank(random), {"num_steps": self.num_steps}
+        self._checkpointer.save(folder, self.num_steps, tensors, state | own, keep=keep, protect=protect)
+
+    def finish_saves(self) -> None:
+        """Return when the last save is on the disk. Raises CheckpointError where it could not be written."""
+        self._checkpointer.wait()
 
     def load(self, folder: str) -> dict[str, Any]:
-        """Continue from the checkpoint in `folder`, whatever device wrote it; returns the state it was saved with."""
-        sizes = read_state(folder)["random_state_bytes"]
-        random = {kind: torch.empty(size, dtype=torch.uint8) for kind, size in sizes.items()}
-        state = load_checkpoint(folder, self.tensors() | {f"rng.{kind}": tensor for kind, tensor in random.items()})
+        """Continue from the checkpoint in `folder`, whatever layout wrote it; returns the state it was saved with.
+
+        Its files are taken for whole: `verify_checkpoint` comes before.
+        """
+        self.finish_saves()
+        random = self._random_states()
+        state = load_checkpoint(folder, self.tensors() | self._of_rank(random), verified=True)
         torch.set_rng_state(random["cpu"])
-        if self.device.type == "cuda" and "cuda" in random:
+        if self.device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"], self.device)
         self.num_steps = state["num_steps"]
+        self.execution.after_update()
         return state
+
+    @staticmethod
+    def _of_rank(random: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return {name_of_rank(f"rng.{kind}", rank): tensor for kind, tensor in random.items()}
 
     def _random_states(self) -> dict[str, torch.Tensor]:
         """torch's own random states by device, uint8. Training draws from none of them; what a model brings may."""
@@ -173,16 +222,7 @@ class LocalTrainer:
 
     def publish(self) -> Mapping[str, torch.Tensor]:
         """The master weights by their Hugging Face names."""
-        return dict(self.model.named_parameters())
-
-
-def _shard_of(parameter: nn.Parameter) -> nn.Parameter:
-    """What of a parameter lies on this rank, in the same memory."""
-    if not isinstance(parameter, DTensor):
-        return parameter
-    whole = parameter.detach()
-    assert isinstance(whole, DTensor)
-    return nn.Parameter(whole.to_local())
+        return self.execution.parameters()
 
 
 def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> int:

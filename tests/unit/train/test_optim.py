@@ -122,8 +122,9 @@ def parameters_with_gradients(dtype: torch.dtype = torch.float32) -> list[Parame
 
 
 def clip_gradients(parameters: list[Parameter], max_norm: float | None) -> torch.Tensor:
-    norm = global_norm(parameter.grad for parameter in parameters if parameter.grad is not None)
-    scale_gradients(parameters, norm, max_norm)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = global_norm(gradients)
+    scale_gradients(gradients, norm, max_norm)
     return norm
 
 

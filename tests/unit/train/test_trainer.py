@@ -29,6 +29,7 @@ def test_a_checkpoint_of_another_device_goes_on_here(tmp_path: Path, monkeypatch
     for parameter in written.parameters.values():
         parameter.data.add_(1)
     written.save(str(tmp_path), {"cursor": 7})
+    written.finish_saves()
     monkeypatch.undo()
     torch.rand(5)
     state = trainer.load(str(tmp_path / "iter_0000003"))

@@ -1,0 +1,326 @@
+"""A rank of a run: its part of the model, and all that is asked of it; and the same asked of many ranks at once.
+
+`Rank` works where it is. `RankGroup` has the same verbs, carried out by a `Rank` in every process of a cluster; the
+driver then holds no weights, and what travels to a rank are the packs of its data rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence, Set
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from burnish.cluster.phases import phase
+from burnish.cluster.ranks import Place, Ranks
+from burnish.components import Components, RankComponents
+from burnish.config import Recipe
+from burnish.data.pack import Layout, Packs
+from burnish.model.hf_model import HFModel
+from burnish.parallel import weights
+from burnish.parallel.degrees import Degrees
+from burnish.parallel.execution import MeshExecution
+from burnish.parallel.mesh import Mesh
+from burnish.recipe import recipe_from_dict
+from burnish.train.checkpoint import load_checkpoint
+from burnish.train.loss import CrossEntropy
+from burnish.train.optim import DTYPES
+from burnish.train.trainer import Clock, LocalTrainer, Routing, Scorer
+from burnish.types import Stats, StepInput, UserError, Weighted
+
+LOG = logging.getLogger(__name__)
+
+
+class Rank:
+    """One rank, which has what `parts` open; `trainer` is there once `prepare` was called."""
+
+    degrees = Degrees()
+    world_size = 1
+
+    def __init__(self, parts: Components) -> None:
+        self.parts = parts
+        self.trainer: LocalTrainer | None = None
+
+    @property
+    def _trainer(self) -> LocalTrainer:
+        assert self.trainer is not None, "prepare comes first"
+        return self.trainer
+
+    def attention(self) -> str:
+        """The attention kernel, in words."""
+        return self.parts.loaded.attention
+
+    def row_reason(self) -> str | None:
+        """Why the model runs one document a row; None where it runs packs."""
+        return self.parts.execution.model.row_reason
+
+    def leak(self) -> str | None:
+        """How documents of a pack see each other in the real model; None where they do not."""
+        return self.parts.leak()
+
+    def run_rows(self, reason: str) -> None:
+        """From now on run one document a row."""
+        self.parts.execution.model.run_rows(reason)
+
+    def prepare(self, total_steps: int, clock: Clock | None = None) -> None:
+        """Make the trainer of a run of `total_steps` steps; `clock` times its parts."""
+        recipe = self.parts.recipe
+        self.trainer = LocalTrainer(
+            execution=self.parts.execution,
+            loss=CrossEntropy(recipe.train.label_smoothing, recipe.train.z_loss),
+            optim=recipe.optim,
+            total_steps=total_steps,
+            states=recipe.precision.states,
+            seed=recipe.run.seed,
+            neftune_alpha=recipe.train.neftune_alpha,
+            reduce=DTYPES[recipe.precision.reduce],
+            routing=Routing(recipe.train.router_aux_loss, recipe.train.router_z_loss, recipe.train.router_bias_rate),
+            clock=clock or (lambda name: nullcontext()),
+        )
+
+    def step(self, inputs: StepInput) -> Stats:
+        """One optimizer step, on the first data rank's batches of `inputs`."""
+        return self._trainer.step(inputs)
+
+    def rehearse(self, inputs: StepInput) -> None:
+        """Forward and backward of the first micro-batch, gradients thrown away."""
+        self._trainer.rehearse(inputs)
+
+    def evaluate(self, inputs: StepInput) -> Stats:
+        """Statistics over `inputs` with plain negative log-likelihood."""
+        return Scorer(self.parts.execution).evaluate(inputs)
+
+    def save(
+        self, folder: str, state: dict[str, Any], keep: int | None = None, protect: Set[int] = frozenset()
+    ) -> None:
+        """As `LocalTrainer.save`."""
+        self._trainer.save(folder, state, keep, protect)
+
+    def finish_saves(self) -> None:
+        """Return when the last save is on the disk."""
+        if self.trainer is not None:
+            self.trainer.finish_saves()
+
+    def load(self, folder: str) -> dict[str, Any]:
+        """Continue from a checkpoint; returns the state it was saved with."""
+        return self._trainer.load(folder)
+
+    def load_weights(self, folder: Path) -> dict[str, Any]:
+        """Take the weights alone of a checkpoint; returns the state it was saved with."""
+        execution = self.parts.execution
+        into = {f"model.{name}": tensor.detach() for name, tensor in execution.state().items()}
+        state = load_checkpoint(folder, into, prefix="model.")
+        execution.after_update()
+        return state
+
+    def kill(self) -> None:
+        """There is no process beside this one."""
+
+    def end_at_once(self, status: int) -> None:
+        """End the run as it is, now."""
+        self.kill()
+        os._exit(status)
+
+    def publish(self) -> Mapping[str, Tensor]:
+        """The master weights by their Hugging Face names, whole and on the CPU; on other ranks than 0 nothing."""
+        return dict(weights.gather(self.parts.execution.parameters(), order=self._order))
+
+    def export(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write config.json and weights, or an adapter, into an existing folder, which rank 0 sees."""
+        execution, lora = self.parts.execution, self.parts.recipe.lora
+        if lora is not None and not lora.merge:
+            base = self.parts.recipe.model.path
+            weights.export_adapter(execution.stages, folder, dtype, base)
+        elif isinstance(execution.model, HFModel):
+            state = execution.model.inner.state_dict()
+            whole = dict(weights.gather(state)) if isinstance(execution, MeshExecution) else state
+            if _is_first():
+                execution.model.export(folder, dtype, whole)
+        else:
+            weights.export(execution.stages, folder, dtype, self._order)
+
+    def answers(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        """A greedy answer to each prompt; on other ranks than 0 none."""
+        from burnish.generate import as_hf_model, generate  # transformers takes seconds to import
+
+        execution = self.parts.execution
+        if isinstance(execution, MeshExecution):
+            whole = weights.gather_full(execution.stages, self.parts.compute)
+            if not _is_first():
+                return []
+            inner = as_hf_model(execution.whole, whole)
+        else:
+            inner = as_hf_model(execution.model)
+        return generate(inner, self.parts.tokenizer, prompts, max_new_tokens=max_new_tokens)
+
+    @property
+    def _order(self) -> list[str]:
+        execution = self.parts.execution
+        whole = execution.whole if isinstance(execution, MeshExecution) else execution.model
+        return [name for name, _ in whole.named_parameters()]
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+class SeatedRank(Rank):
+    """A rank in a process of its own, which gets packs and gives numbers."""
+
+    def __init__(self, place: Place, recipe: dict[str, Any], folder: str) -> None:
+        checked = recipe_from_dict(recipe)
+        mesh = Mesh(Degrees.of(checked.parallel, place.world_size), torch.device(place.device))
+        parts = RankComponents(checked, Path(folder), mesh=mesh)
+        super().__init__(parts)
+        phase("mesh")
+        held = sum(weights.local_part(p)[0].numel() for p in parts.execution.parameters().values())
+        phase(f"weights: {held:,} of {parts.loaded.num_parameters:,} parameters on this rank")
+
+    def step_packs(self, packs: Mapping[str, Any]) -> dict[str, tuple[float, float]] | None:
+        """`step` of what `packed` made; statistics as (sum, weight), where this rank has them."""
+        return self._numbers(self.step(unpacked(packs)))
+
+    def rehearse_packs(self, packs: Mapping[str, Any]) -> None:
+        """`rehearse` of what `packed` made."""
+        self.rehearse(unpacked(packs))
+
+    def evaluate_packs(self, packs: Mapping[str, Any]) -> dict[str, tuple[float, float]] | None:
+        """`evaluate` of what `packed` made."""
+        return self._numbers(self.evaluate(unpacked(packs)))
+
+    def _numbers(self, stats: Stats) -> dict[str, tuple[float, float]] | None:
+        if "loss" not in stats:
+            return None
+        return {name: (float(value.sum), float(value.weight)) for name, value in stats.items()}
+
+
+def packed(inputs: StepInput) -> list[dict[str, Any]]:
+    """What each data rank needs of a step, in few arrays."""
+    facts = {
+        name: getattr(inputs, name)
+        for name in ("denominator", "num_samples", "num_tokens", "num_trained_tokens", "capacity", "num_padding")
+    }
+    packs = []
+    for rank in inputs.batches:
+        assert isinstance(rank, Packs)
+        packs.append({**rank.flat(), **facts})
+    return packs
+
+
+def unpacked(packs: Mapping[str, Any]) -> StepInput:
+    """The step again, of one data rank."""
+    facts = {
+        name: packs[name]
+        for name in ("denominator", "num_samples", "num_tokens", "num_trained_tokens", "capacity", "num_padding")
+    }
+    return StepInput(batches=[Packs.of_flat(packs)], samples=(), **facts)
+
+
+@dataclass
+class RankGroup:
+    """Many ranks behind the verbs of one; the loop's trainer where there are several processes."""
+
+    ranks: Ranks
+    degrees: Degrees
+
+    @property
+    def world_size(self) -> int:
+        return self.ranks.world_size
+
+    @cached_property
+    def _data_ranks(self) -> list[int]:
+        return [self.degrees.data_rank(rank) for rank in range(self.degrees.world)]
+
+    def _call_with(self, method: str, inputs: StepInput) -> list[Any]:
+        packs = packed(inputs)
+        return self.ranks.call(method, by_rank=[packs[data_rank] for data_rank in self._data_ranks])
+
+    def _stats(self, method: str, inputs: StepInput) -> Stats:
+        numbers = next(found for found in self._call_with(method, inputs) if found is not None)
+        return {name: Weighted(*pair) for name, pair in numbers.items()}
+
+    def kill(self) -> None:
+        self.ranks.kill()
+
+    def end_at_once(self, status: int) -> None:
+        self.kill()
+        os._exit(status)
+
+    def attention(self) -> str:
+        return self.ranks.call("attention")[0]
+
+    def row_reason(self) -> str | None:
+        return self.ranks.call("row_reason")[0]
+
+    def leak(self) -> str | None:
+        return next((reason for reason in self.ranks.call("leak") if reason is not None), None)
+
+    def run_rows(self, reason: str) -> None:
+        self.ranks.call("run_rows", reason)
+
+    def prepare(self, total_steps: int, clock: Clock | None = None) -> None:
+        self.ranks.call("prepare", total_steps)
+
+    def step(self, inputs: StepInput) -> Stats:
+        return self._stats("step_packs", inputs)
+
+    def rehearse(self, inputs: StepInput) -> None:
+        self._call_with("rehearse_packs", inputs)
+
+    def evaluate(self, inputs: StepInput) -> Stats:
+        return self._stats("evaluate_packs", inputs)
+
+    def save(
+        self, folder: str, state: dict[str, Any], keep: int | None = None, protect: Set[int] = frozenset()
+    ) -> None:
+        self.ranks.call("save", folder, state, keep, protect)
+
+    def finish_saves(self) -> None:
+        self.ranks.call("finish_saves")
+
+    def load(self, folder: str) -> dict[str, Any]:
+        return self.ranks.call("load", folder)[0]
+
+    def load_weights(self, folder: Path) -> dict[str, Any]:
+        return self.ranks.call("load_weights", folder)[0]
+
+    def publish(self) -> Mapping[str, Tensor]:
+        return self.ranks.call("publish")[0]
+
+    def export(self, folder: Path, dtype: torch.dtype) -> None:
+        self.ranks.call("export", folder, dtype)
+
+    def answers(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+        return self.ranks.call("answers", prompts, max_new_tokens)[0]
+
+
+def choose_layout(recipe: Recipe, rank: Rank | RankGroup) -> Layout:
+    """How steps are cut: packed where the probe proves that documents cannot see each other, else a document a row."""
+    budget, packing, data_ranks = recipe.batch.tokens_per_micro_batch, recipe.batch.packing, rank.degrees.data_ranks
+    if packing == "off":
+        return Layout(budget, data_ranks, "single" if rank.row_reason() is None else "rows")
+    reason = rank.row_reason() or rank.leak()
+    if reason is None:
+        return Layout(budget, data_ranks)
+    if packing == "require":
+        raise UserError(
+            f"batch.packing=require: {reason}; set it to auto to train one document a row, or try another "
+            "model.attention or model.implementation"
+        )
+    LOG.warning("training one document a row, not packed: %s", reason)
+    rank.run_rows(reason)
+    return Layout(budget, data_ranks, "rows")
+
+
+def evaluation_layout(recipe: Recipe, layout: Layout) -> Layout:
+    """How held-out rows are cut where steps are cut as `layout` says."""
+    budget = recipe.evaluate.tokens_per_micro_batch or recipe.batch.tokens_per_micro_batch
+    return replace(layout, tokens_per_micro_batch=budget)
