@@ -113,7 +113,10 @@ def release_at_exit(world: World) -> None:
 
     def release() -> None:
         if not _opened.is_set():
-            _store(world, 60).set(DRIVER_KEY, "")
+            store = _store(world, 60)
+            store.set(DRIVER_KEY, "")
+            with contextlib.suppress(RuntimeError):  # a peer that is gone by itself
+                store.wait([f"left {rank}" for rank in range(1, world.size)], timedelta(seconds=60))
 
     atexit.register(release)
 
@@ -359,6 +362,7 @@ def serve(world: World) -> int:
     store = _store(world, 24 * 3600)
     told = store.get(DRIVER_KEY)
     if not told:
+        store.set(f"left {world.rank}", "")  # rank 0 may hold the store, and waits until all have read it
         return 0
     driver = json.loads(told)
     address, key = tuple(driver["address"]), bytes.fromhex(driver["key"])
