@@ -1,0 +1,173 @@
+"""Processes as torchrun starts them: rank 0 drives, the others serve, and all of them end."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from workshop import COMMANDS
+
+from burnish.cluster.ranks import ClusterError, LostRanks
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def _process(rank: int, world: int, port: int, drive: Callable[..., Any], folder: str, results: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    sys.path.insert(0, str(Path(__file__).parent))
+    from burnish.cluster.launch import serve_as_peer
+
+    status = serve_as_peer(os.environ)
+    if status is not None:
+        os._exit(status)
+    try:
+        results.send((None, drive(Path(folder))))
+        atexit._run_exitfuncs()  # which a forked process leaves out
+    except Exception as error:
+        results.send((f"{type(error).__name__}: {error}", None))
+        sys.exit(1)
+
+
+def run_peers(world: int, drive: Callable[..., Any], folder: Path) -> tuple[str | None, Any, list[int | None]]:
+    """(error, result) of the driver and the exit status of every process."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    receiver, sender = COMMANDS.Pipe(duplex=False)
+    processes = [
+        COMMANDS.Process(target=_process, args=(rank, world, port, drive, str(folder), sender)) for rank in range(world)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        sender.close()
+        try:
+            error, result = receiver.recv() if receiver.poll(60) else ("no answer", None)
+        except EOFError:
+            error, result = "the driver died", None
+        for process in processes:
+            process.join(20)
+        return error, result, [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _open(folder: Path, timeout: float = 60.0, **more: Any) -> Any:
+    from burnish.cluster.launch import open_ranks
+    from burnish.config import ClusterConfig
+
+    config = ClusterConfig(timeout=timeout, env={"OF_RANK": 1}, **more)
+    return open_ranks(config, "cluster_fakes:Fake", ("note", str(folder)), device="cpu", logs=folder / "logs")
+
+
+def _works(folder: Path) -> Any:
+    ranks = _open(folder)
+    first = {"x": np.arange(3, dtype=np.int32)}
+    second = {"x": np.ones((4, 100_000), np.float32)}
+    pending = [ranks.start("echo", number) for number in range(3)]
+    answers = [call.result() for call in pending]
+    ranks.call("say", "hello")
+    result = (
+        [place[:3] for place in ranks.call("place")],
+        answers,
+        ranks.call("arrays", by_rank=[first, second, second]),
+        ranks.call("total", 1.0),
+        ranks.call("environment", "OF_RANK")[1:],
+    )
+    ranks.close()
+    return result
+
+
+def test_calls_reach_every_rank_and_values_those_they_are_for(tmp_path: Path) -> None:
+    error, result, statuses = run_peers(3, _works, tmp_path)
+    assert error is None
+    places, answers, sums, totals, environment = result
+    assert places == [(0, 3, 0), (1, 3, 1), (2, 3, 2)]
+    assert answers == [[(number,)] * 3 for number in range(3)]
+    assert sums == [3.0, 400_000.0, 400_000.0]
+    assert totals == [6.0] * 3
+    assert environment == [["1"], ["1"]]
+    assert statuses == [0, 0, 0]
+    log = (tmp_path / "logs" / "rank-2.log").read_text()
+    for part in ("printed hello 2", "written hello 2", "logged hello 2", "object made"):
+        assert part in log
+
+
+def _fails(folder: Path) -> None:
+    _open(folder).call("total_but", 1, "fail")
+
+
+def _user_error(folder: Path) -> None:
+    _open(folder).call("fail", 1, "user")
+
+
+def _dies(folder: Path) -> None:
+    _open(folder).call("total_but", 1, "die")
+
+
+def _hangs(folder: Path) -> None:
+    _open(folder, timeout=3.0).call("total_but", 1, "hang")
+
+
+@pytest.mark.parametrize(
+    ("drive", "parts"),
+    [
+        (_fails, ["ClusterError: rank 1", "KeyError: 'missing-key'", "cluster_fakes.py", "rank-1.log"]),
+        (_user_error, ["Mended: set a.b to 1"]),
+        (_dies, [f"{LostRanks.__name__}: rank 1", "died without a word"]),
+        (_hangs, [f"{ClusterError.__name__}: total_but hangs", "rank 0", "in total", "rank 1", "stuck_here"]),
+    ],
+)
+def test_a_failure_ends_all_with_its_text(drive: Callable[..., Any], parts: list[str], tmp_path: Path) -> None:
+    error, _, statuses = run_peers(2, drive, tmp_path)
+    assert error is not None
+    for part in parts:
+        assert part in error
+    assert statuses[0] == 1
+    assert statuses[1] in (1, -signal.SIGKILL)
+    if drive is _hangs:
+        assert "stuck_here" in (tmp_path / "logs" / "rank-1.log").read_text()
+
+
+def _is_killed(folder: Path) -> None:
+    _open(folder)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_peers_end_with_a_driver_that_is_killed(tmp_path: Path) -> None:
+    error, _, statuses = run_peers(2, _is_killed, tmp_path)
+    assert error == "the driver died"
+    assert statuses == [-signal.SIGKILL, 1]
+
+
+def _has_nothing_to_do(folder: Path) -> str:
+    return "finished"
+
+
+def test_peers_end_with_a_driver_that_needs_none(tmp_path: Path) -> None:
+    assert run_peers(2, _has_nothing_to_do, tmp_path) == (None, "finished", [0, 0])
+
+
+def _asks_for_restarts(folder: Path) -> None:
+    _open(folder, max_restarts=1)
+
+
+def test_keys_about_ray_are_refused(tmp_path: Path) -> None:
+    error, _, _ = run_peers(2, _asks_for_restarts, tmp_path)
+    assert error is not None
+    assert error.startswith("RecipeError: cluster.max_restarts=1")
+    assert "torchrun --max-restarts" in error
