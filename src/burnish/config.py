@@ -56,7 +56,7 @@ class ModelConfig(Section):
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; null takes the model's own."""
     implementation: Literal["auto", "native", "transformers"] = "auto"
-    """Whose modules run: native for Llama, Qwen2 and Qwen3, those of transformers for others; auto prefers native."""
+    """Whose modules run: ours (Llama, Qwen2, Qwen3, Qwen3-MoE, GLM-4.7-Flash, DeepSeek-V3), or transformers'."""
     attention: Literal["auto", "sdpa", "varlen"] = "auto"
     """Attention kernel: sdpa runs one call a document; varlen needs CUDA and bf16 compute, and auto takes it there."""
     trust_remote_code: bool = False
@@ -454,7 +454,7 @@ class LoraConfig(Section):
     init: Literal["kaiming", "gaussian"] = "kaiming"
     """The first factor: uniform within 1 / sqrt(inputs), or normal with deviation 1 / rank; the second is zero."""
     dropout: NonNegative = 0.0
-    """0: what dropout keeps depends on how packs and layers lie on ranks, and no layout may change results."""
+    """Must be 0: what dropout keeps would depend on how packs and layers lie on ranks."""
     path: str | None = None
     """Folder of an adapter in peft's format to go on from."""
     merge: bool = False
@@ -472,11 +472,11 @@ class LoraConfig(Section):
 
 class ParallelConfig(Section):
     dp_replicate: Positive = 1
-    """Data-parallel replicas, each with all weights of its shard group (HSDP)."""
+    """Copies of the dp_shard group, each with the whole model and batches of its own (HSDP)."""
     dp_shard: Positive | Literal["auto"] = "auto"
-    """Data-parallel ranks that share weights, gradients and optimizer as `zero` says; auto takes what is left."""
+    """Data-parallel ranks over which the model is cut as `zero` says; auto takes the ranks that are left."""
     zero: Literal[1, 2, 3] = 3
-    """What dp_shard ranks share at all times: 1 the optimizer, 2 gradients too, 3 weights too (arXiv 1910.02054)."""
+    """ZeRO's stage (arXiv 1910.02054), what is cut over dp_shard ranks: 1 optimizer, 2 gradients too, 3 weights too."""
     offload: Literal["none", "optimizer", "parameters", "nvme"] = "none"
     """What lies in the host's memory: the optimizer with its masters, or every shard of the parameters as well."""
     tp: Positive = 1
@@ -486,20 +486,19 @@ class ParallelConfig(Section):
     cp: Positive = 1
     """Context-parallel ranks: each pack is cut by tokens."""
     cp_kind: Literal["ring", "all_to_all"] = "ring"
-    """Attention of cut packs: keys and values go round in zigzag order (arXiv 2310.01889), or heads are swapped for
-    tokens (DeepSpeed-Ulysses, arXiv 2309.14509)."""
+    """ring: keys and values go round, zigzag (arXiv 2310.01889); all_to_all: tokens for heads (arXiv 2309.14509)."""
     pp: Positive = 1
     """Pipeline stages."""
     pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"] = "1f1b"
     """Order of a pipeline's forward and backward passes."""
     pp_chunks: Positive | None = None
-    """Parts of the model on one pipeline rank; null takes 1, or 2 for schedules that interleave."""
+    """Parts of the model on one pipeline rank; null takes 2 for interleaved and zbv schedules, else 1."""
     pp_first_layers: Positive | None = None
     """Layers of the first part; null cuts by cost."""
     pp_last_layers: Positive | None = None
     """Layers of the last part; null cuts by cost."""
     ep: Positive = 1
-    """Expert-parallel ranks, out of dp_shard x cp x tp / etp."""
+    """Ranks over which experts are cut, out of the dp_shard x cp x tp that there are; ep x etp divides these."""
     etp: Positive = 1
     """Tensor-parallel ranks of an expert: 1 or tp."""
 
@@ -616,7 +615,7 @@ class RunConfig(Section):
     log_every: Positive = 1
     """Steps between metrics lines; values stay on the device until then."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least severity written to logs/rank-0.log and the console."""
+    """Least severity written to the console and to logs/rank-N.log of every rank."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Where metrics go besides metrics.jsonl; wandb needs the extra of that name."""
 
@@ -641,7 +640,7 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving, resuming and export."""
     parallel: ParallelConfig = ParallelConfig()
-    """Layout over processes."""
+    """Layout over ranks, of which each is a process with a device: docs/layouts.md."""
     cluster: ClusterConfig = ClusterConfig()
     """Processes: hosts, devices, and what happens when one is lost."""
     run: RunConfig = RunConfig()
