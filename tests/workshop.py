@@ -6,12 +6,14 @@ import json
 import multiprocessing
 import os
 import random
+import socket
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,8 +34,9 @@ COMMANDS.set_forkserver_preload(
 )
 
 
-def _command(arguments: list[str], folder: Path, output: Path) -> None:
+def _command(arguments: list[str], folder: Path, output: Path, environment: Mapping[str, str]) -> None:
     """Run the command line in a process of its own, its output into a file."""
+    os.environ |= environment
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -120,17 +123,35 @@ class Workshop:
         path.write_text(yaml.safe_dump(tree))
         return path
 
-    def start(self, *arguments: str) -> Command:
+    def start(self, *arguments: str, environment: Mapping[str, str] = MappingProxyType({})) -> Command:
         self.num_commands += 1
         output = self.folder / f"output-{self.num_commands}.txt"
-        process = COMMANDS.Process(target=_command, args=(list(arguments), self.folder, output), daemon=True)
+        args = (list(arguments), self.folder, output, dict(environment))
+        process = COMMANDS.Process(target=_command, args=args, daemon=True)
         process.start()
         return Command(process, output)
 
-    def burnish(self, *arguments: str, status: int = 0) -> str:
-        """Run a command to its end; returns what it printed. Asserts the exit status."""
-        found, output = self.start(*arguments).wait()
+    def start_ranks(self, world: int, *arguments: str) -> list[Command]:
+        """The command once for each of `world` ranks, with the environment that torchrun gives them; by rank."""
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = str(probe.getsockname()[1])
+        common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return [
+            self.start(*arguments, environment={"RANK": str(rank), "LOCAL_RANK": str(rank), **common})
+            for rank in range(world)
+        ]
+
+    def burnish(self, *arguments: str, status: int = 0, world: int = 1) -> str:
+        """Run a command to its end, by `world` ranks; returns what the first printed. Asserts its exit status, and that
+        the others ended with 0 where it did, and said nothing."""
+        first, *others = self.start_ranks(world, *arguments) if world > 1 else [self.start(*arguments)]
+        found, output = first.wait()
         assert found == status, f"exit status {found}:\n{output}"
+        for other in others:
+            ended, said = other.wait(30)
+            assert ended is not None, f"a rank lives on:\n{said}"
+            assert said == "", said
+            assert status or ended == 0, f"exit status {ended}"
         return output
 
     def metrics(self, run: str = "runs/a") -> list[dict[str, Any]]:

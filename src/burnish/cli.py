@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -204,6 +205,11 @@ def _run(parsed: argparse.Namespace) -> int:
         print(json.dumps(json_schema(), indent=2))
         return 0
     if parsed.command == "sft":
+        from burnish.cluster.launch import serve_as_peer
+
+        status = serve_as_peer(os.environ)
+        if status is not None:
+            return status
         from burnish.recipe import read_recipe
 
         recipe = read_recipe(parsed.recipe, parsed.overrides)
