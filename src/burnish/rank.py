@@ -24,7 +24,7 @@ from burnish.cluster.ranks import Place, Ranks
 from burnish.components import Components, RankComponents
 from burnish.config import Recipe
 from burnish.data.pack import Layout, Packs
-from burnish.model.hf_model import HFModel
+from burnish.model.hf_io import named_weights
 from burnish.parallel import weights
 from burnish.parallel.degrees import Degrees
 from burnish.parallel.execution import MeshExecution
@@ -85,6 +85,7 @@ class Rank:
             routing=Routing(recipe.train.router_aux_loss, recipe.train.router_z_loss, recipe.train.router_bias_rate),
             clock=clock or (lambda name: nullcontext()),
         )
+        self.trainer.prepare_saves()
 
     def step(self, inputs: StepInput) -> Stats:
         """One optimizer step, on the first data rank's batches of `inputs`."""
@@ -139,11 +140,6 @@ class Rank:
         if lora is not None and not lora.merge:
             base = self.parts.recipe.model.path
             weights.export_adapter(execution.stages, folder, dtype, base)
-        elif isinstance(execution.model, HFModel):
-            state = execution.model.inner.state_dict()
-            whole = dict(weights.gather(state)) if isinstance(execution, MeshExecution) else state
-            if _is_first():
-                execution.model.export(folder, dtype, whole)
         else:
             weights.export(execution.stages, folder, dtype, self._order)
 
@@ -165,7 +161,7 @@ class Rank:
     def _order(self) -> list[str]:
         execution = self.parts.execution
         whole = execution.whole if isinstance(execution, MeshExecution) else execution.model
-        return [name for name, _ in whole.named_parameters()]
+        return list(named_weights(whole))
 
 
 def _is_first() -> bool:

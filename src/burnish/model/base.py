@@ -5,7 +5,7 @@ Shape suffixes: T tokens of a pack, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,8 +90,17 @@ class CausalLM(nn.Module):
         """From now on run one document a row. Raises UserError where there is no other way than packed."""
         raise UserError(f"{reason}; this model has no other way to run; set model.implementation=transformers")
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write config.json and safetensors in `dtype` into an existing folder, as `transformers` reads them."""
+    def export(
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        weights: Iterator[tuple[str, Tensor]] | None = None,
+        max_shard_bytes: int = 5 * 10**9,
+    ) -> None:
+        """Write config.json and safetensors in `dtype` into an existing folder, as `transformers` reads them.
+
+        `weights` are taken one after the other in place of the model's own, of which they have the names.
+        """
         raise NotImplementedError
 
 

@@ -8,7 +8,7 @@ Shape suffixes: T tokens of a pack, D hidden size, H query heads, G key and valu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -290,8 +290,16 @@ class DecoderLM(CausalLM):
     def blocks(self) -> list[nn.Module]:
         return list(self.model.layers)
 
-    def export(self, folder: Path, dtype: torch.dtype) -> None:
-        write_model(folder, self.config, as_stored(self, named_weights(self).items()), dtype)
+    def export(
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        weights: Iterator[tuple[str, Tensor]] | None = None,
+        max_shard_bytes: int = 5 * 10**9,
+    ) -> None:
+        write_model(
+            folder, self.config, as_stored(self, weights or named_weights(self).items()), dtype, max_shard_bytes
+        )
 
 
 class DenseLM(DecoderLM):

@@ -298,9 +298,12 @@ def written_beside(folder: Path) -> Iterator[Path]:
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
+    mode = partial.stat().st_mode & 0o666  # what the umask leaves; safetensors lets the owner alone read its files
     try:
         yield partial
         for entry in [*partial.rglob("*"), partial]:
+            if entry.is_file():
+                entry.chmod(mode)
             sync(entry)
         if folder.exists():
             folder.rename(old)
@@ -333,7 +336,7 @@ def write_model(
 
     def write_shard() -> None:
         shards.append(list(shard))
-        save_file(shard, folder / f".{len(shards)}.safetensors", metadata={"format": "pt"})
+        save_tensors(shard, folder / f".{len(shards)}.safetensors")
         shard.clear()
 
     for name, tensor in items:
@@ -352,6 +355,18 @@ def write_model(
         (folder / f".{number}.safetensors").rename(folder / file)
     if len(shards) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write a safetensors file. Raises UserError where the disk does not take it."""
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        free = shutil.disk_usage(file.parent).free / 2**20
+        size = sum(tensor.nbytes for tensor in tensors.values()) / 2**20
+        raise UserError(
+            f"{file} could not be written ({error}): it takes {size:,.0f} MiB, and {free:,.0f} MiB are free; make room"
+        ) from None
 
 
 def written_as(name: str, held: torch.dtype, dtype: torch.dtype) -> torch.dtype:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from burnish.model.attention import Attention, Kernel, attend_sdpa, choose_attention
 from burnish.model.base import CausalLM
+from burnish.model.hf_io import named_weights, written_as
 from burnish.model.lm_head import Head, logits
 from burnish.types import Documents, UserError
 
@@ -95,20 +96,20 @@ class HFModel(CausalLM):
         self._use(self.own_attention)
         return self.inner
 
-    def export(self, folder: str | Path, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Write weights in `dtype` and configs as `save_pretrained` does, which also undoes renamings of loading.
-
-        `weights` stand for the model's own where those are shards.
-        """
+    def export(
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        weights: Iterator[tuple[str, Tensor]] | None = None,
+        max_shard_bytes: int = 5 * 10**9,
+    ) -> None:
+        """As of any model, but with all weights in memory: written by `save_pretrained`, which undoes renamings of
+        loading."""
         self._use(self.own_attention)
         logging.disable_progress_bar()
-        # Tied weights must stay one tensor, or they would be written twice.
-        casts: dict[int, Tensor] = {}
-        state = {
-            name: casts.setdefault(tensor.data_ptr(), tensor.to(dtype) if tensor.is_floating_point() else tensor)
-            for name, tensor in (weights or self.inner.state_dict()).items()
-        }
-        self.inner.save_pretrained(folder, state_dict=state)
+        named = weights or named_weights(self).items()
+        state = {name: tensor.detach().to(written_as(name, tensor.dtype, dtype)) for name, tensor in named}
+        self.inner.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_bytes)
         path = Path(folder, "config.json")
         config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

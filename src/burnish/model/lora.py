@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from burnish.config import LoraConfig
 from burnish.files import read_object
 from burnish.model.base import CausalLM
-from burnish.model.hf_io import Box, check_tensors, find_folder, locate_tensors, read_tensors, whole
+from burnish.model.hf_io import Box, check_tensors, find_folder, locate_tensors, read_tensors, save_tensors, whole
 from burnish.types import UserError
 
 if TYPE_CHECKING:
@@ -88,6 +87,17 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters and the modules trained whole, by their names in the model."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def without_base(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of what the model saves that which its frozen base does not hold; all of it where there are no adapters."""
+    if peft_config(model) is None:
+        return state
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if tensor.requires_grad or ".lora_" in name or not isinstance(tensor, nn.Parameter)
+    }
 
 
 def _targets(model: CausalLM, lora: LoraConfig) -> list[str]:
@@ -276,7 +286,7 @@ def write_adapter(
     exported.save_pretrained(str(folder))
     state = {stored_name(name): t.detach().to("cpu", dtype).contiguous() for name, t in tensors.items()}
     state |= {stored_name(alias): state[stored_name(target)].clone() for alias, target in ties.items()}
-    save_file(state, folder / FILE, metadata={"format": "pt"})
+    save_tensors(state, folder / FILE)
 
 
 def merge(

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from burnish.model.base import CausalLM, saved_buffers
 from burnish.model.lm_head import score
+from burnish.model.lora import without_base
 from burnish.model.moe import MoE, Router
 from burnish.parallel.cp import ContextParallel, cut_tokens, pad
 from burnish.parallel.fsdp import Sharding
@@ -47,8 +48,9 @@ class Execution:
         return dict(self.model.named_parameters())
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the model on this rank: parameters and persistent buffers, by name."""
-        return self.parameters() | saved_buffers(self.model)
+        """What a checkpoint holds of the model on this rank, by name: parameters, but not those of a base that only
+        adapters are trained beside, and persistent buffers."""
+        return without_base(self.model, self.parameters() | saved_buffers(self.model))
 
     @property
     def is_sparse(self) -> bool:
@@ -173,7 +175,7 @@ class MeshExecution(Execution):
 
     def state(self) -> dict[str, Tensor]:
         buffers = {name: buffer for model in self.stages for name, buffer in saved_buffers(model).items()}
-        return self.parameters() | buffers
+        return without_base(self.model, self.parameters() | buffers)
 
     def sum_loads(self, loads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not loads:

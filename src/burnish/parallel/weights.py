@@ -106,16 +106,18 @@ def gather(
 ) -> Iterator[tuple[str, Tensor]]:
     """On rank 0 every tensor that any rank has, whole and on the CPU, one after the other; nothing on other ranks.
 
-    All ranks call it and take it to its end. `dtype` is what floating tensors are sent as. Tensors come in `order`,
-    those it does not name behind, as ranks have them. `device` is one that the process group can send from; by default
-    the one where the tensors lie. Replicas are sent once, and no rank but 0 holds more than its own.
+    All ranks call it and take it to its end. `dtype` is that of an export, by which tensors are rounded before they
+    travel. They come in `order`, those it does not name behind, as ranks have them. `device` is one that the process
+    group can send from; by default the one where the tensors lie. Replicas are sent once, and no rank but 0 holds more
+    than its own.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        yield from ((name, _sent(local_part(tensors[name])[0], dtype).cpu()) for name in _ordered(tensors, order))
+        yield from ((name, _sent(name, local_part(tensors[name])[0], dtype).cpu()) for name in _ordered(tensors, order))
         return
     parts = {name: local_part(tensor) for name, tensor in tensors.items()}
     offered = [
-        _Part(name, tensors[name].shape, _dtype_sent(local.dtype, dtype), box) for name, (local, box) in parts.items()
+        _Part(name, tensors[name].shape, _dtype_sent(name, local.dtype, dtype), box)
+        for name, (local, box) in parts.items()
     ]
     is_first, world = dist.get_rank() == 0, dist.get_world_size()
     everyones: list[list[_Part]] = [[]] * world
@@ -128,11 +130,11 @@ def gather(
     if not is_first:
         for name in wanted[0]:
             local = parts[name][0]
-            dist.send(_sent(local, dtype).to(device or local.device).contiguous(), dst=0)
+            dist.send(_sent(name, local, dtype).to(device or local.device).contiguous(), dst=0)
         return
     device = device or next((local.device for local, _ in parts.values()), torch.device("cpu"))
     for name, senders in plan.items():
-        yield name, _receive(senders, device, None if name not in parts else _sent(parts[name][0], dtype))
+        yield name, _receive(senders, device, None if name not in parts else _sent(name, parts[name][0], dtype))
 
 
 def _plan(everyones: Sequence[Sequence[_Part]], order: Sequence[str]) -> dict[str, dict[int, _Part]]:
@@ -168,12 +170,12 @@ def _receive(senders: Mapping[int, _Part], device: torch.device, own: Tensor | N
     return full
 
 
-def _dtype_sent(held: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
-    return held if dtype is None or not held.is_floating_point else dtype
+def _dtype_sent(name: str, held: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    return held if dtype is None else hf_io.written_as(name, held, dtype)
 
 
-def _sent(local: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return local.to(_dtype_sent(local.dtype, dtype))
+def _sent(name: str, local: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return local.to(_dtype_sent(name, local.dtype, dtype))
 
 
 def gather_full(model: CausalLM | Sequence[CausalLM], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -191,17 +193,19 @@ def export(
 ) -> None:
     """Write config.json and safetensors into `folder`, which rank 0 sees, with adapters added in. All ranks call it.
 
-    Rank 0 holds one file's tensors at a time. `model` is as in `read_weights`, `order` are the names of the whole
-    model, where ranks have parts of it, and `device` is that of `gather`.
+    Rank 0 holds one file's tensors at a time, or all of them of a model of `transformers`. `model` is as in
+    `read_weights`, `order` are the names of the whole model, where ranks have parts of it, and `device` is that of
+    `gather`. What goes wrong in writing is raised on rank 0 once the others have sent all that they have.
     """
     first = _parts(model)[0]
     is_adapted = lora.peft_config(first) is not None
     adapters = dict(gather(_union(model, lora.trained), device=device)) if is_adapted else {}
     weights = gather(_union(model, hf_io.named_weights), None if is_adapted else dtype, order, device)
-    if _is_first():
-        merged = lora.merge(weights, first, adapters) if is_adapted else weights
-        hf_io.write_model(folder, first.config, hf_io.as_stored(first, merged), dtype, max_shard_bytes)
-    else:
+    try:
+        if _is_first():
+            merged = lora.merge(weights, first, adapters) if is_adapted else weights
+            first.export(folder, dtype, merged, max_shard_bytes)
+    finally:
         for _ in weights:
             pass
 

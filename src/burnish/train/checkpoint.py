@@ -93,7 +93,7 @@ def save_checkpoint(
 class Checkpointer:
     """Writes checkpoints behind training, which waits for a copy alone. All ranks make it together, and use it alike.
 
-    The copies take as much host memory as what is saved, kept from the first save on; moments in int8 take the four
+    The copies take as much host memory as what is saved, kept from `prepare` or the first save on; moments in int8 take the four
     bytes a value that a checkpoint holds of them. A process that ends by itself finishes the save it is at.
     """
 
@@ -103,6 +103,13 @@ class Checkpointer:
         self._ranks = Ranks(group)  # pyright: ignore[reportArgumentType] - this rank is in the group
         self._copies = HostCopies()
         self._pending: Future[Path] | None = None
+
+    def prepare(self, tensors: Mapping[str, Tensor | Coded]) -> None:
+        """Have the copies of what will be saved allocated, so that the first save stands still no longer than others.
+
+        It takes as long as a first copy: call it where nothing waits, before the first step.
+        """
+        self._copies.take(tensors)
 
     def save(
         self,

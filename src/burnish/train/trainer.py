@@ -180,6 +180,10 @@ class LocalTrainer:
         model = {f"model.{name}": tensor.detach() for name, tensor in self.execution.state().items()}
         return model | {f"optim.{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
 
+    def prepare_saves(self) -> None:
+        """Allocate now what the first save would allocate while training waits for it."""
+        self._checkpointer.prepare(self.tensors() | self._of_rank(self._random_states()))
+
     def save(
         self, folder: str, state: dict[str, Any], keep: int | None = None, protect: Set[int] = frozenset()
     ) -> None:
@@ -188,7 +192,8 @@ class LocalTrainer:
         Once it is complete, `retain` deletes what `keep` and `protect` leave out. Raises what the save before came to.
         """
         random = self._random_states()
-        tensors, own = self.tensors() | self._of_rank(random), {"num_steps": self.num_steps}
+        own = {"num_steps": self.num_steps, "experts_whole": self.execution.model.is_stored_whole}
+        tensors = self.tensors() | self._of_rank(random)
         self._checkpointer.save(folder, self.num_steps, tensors, state | own, keep=keep, protect=protect)
 
     def finish_saves(self) -> None:
