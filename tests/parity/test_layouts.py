@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -220,27 +219,33 @@ CASES = [
 _alone: dict[str, Outcome] = {}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_layout(case: Case) -> None:
-    alone = case.alone
-    key = repr(replace(alone, name=""))
+def differences(case: Case) -> dict[str, float]:
+    """How far a step of `case` is from the same in one process: of each kind of result the largest, relative."""
+    key = repr(replace(case.alone, name=""))
     if key not in _alone:
-        outcome = take_step(alone)
+        outcome = take_step(case.alone)
         assert outcome is not None
         _alone[key] = outcome
     expected, found = _alone[key], joined(run_ranks(case.world, take_step, case))
     assert None not in (expected.loss, found.loss, expected.held_out, found.held_out)
-    loss, tensors = {"fp32": (1e-5, 1e-5), "fp64": (1e-10, 1e-9), "bf16": (1e-2, 5e-2)}[case.compute]
-    differences = {
+    return {
         "loss": abs(found.loss - expected.loss) / expected.loss,
         "held out": abs(found.held_out - expected.held_out) / expected.held_out,
         "norm": abs(found.grad_norm - expected.grad_norm) / expected.grad_norm,
         "gradients": worst(found.gradients, expected.gradients),
         "weights": worst(found.weights, expected.weights),
     }
-    if "BURNISH_LAYOUT_TABLE" in os.environ:
-        with open(os.environ["BURNISH_LAYOUT_TABLE"], "a") as table:
-            print(f"| {case} | " + " | ".join(f"{value:.1e}" for value in differences.values()) + " |", file=table)
-    limits = {"loss": loss, "held out": loss, "norm": loss if case.compute != "bf16" else 5e-2}
-    exceeded = {name: value for name, value in differences.items() if value > limits.get(name, tensors)}
+
+
+def limits(case: Case) -> dict[str, float]:
+    """What `differences` may come to."""
+    loss, tensors = {"fp32": (1e-5, 1e-5), "fp64": (1e-10, 1e-9), "bf16": (1e-2, 5e-2)}[case.compute]
+    norm = 5e-2 if case.compute == "bf16" else loss
+    return {"loss": loss, "held out": loss, "norm": norm, "gradients": tensors, "weights": tensors}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_layout(case: Case) -> None:
+    allowed = limits(case)
+    exceeded = {name: value for name, value in differences(case).items() if value > allowed[name]}
     assert not exceeded
