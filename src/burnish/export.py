@@ -1,18 +1,25 @@
 """A checkpoint as a Hugging Face folder: weights or adapters, configuration, tokenizer with its template, and a card of
 the run.
 
-The weights are written by whoever knows the model; here they are completed into a folder that loads anywhere.
+Of a run that goes on the weights are written by whoever holds them, and those of a checkpoint straight from its files,
+without a whole model; here they are completed into a folder that loads anywhere.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from burnish.model.hf_io import written_beside
+import torch
+from torch import Tensor
+
+from burnish.model import lora
+from burnish.model.base import CausalLM
+from burnish.model.hf_io import each_weight, named_weights, written_beside
+from burnish.train.checkpoint import SavedTensors
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,39 @@ class Card:
             "",
         ]
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class SavedWeights:
+    """The weights of a checkpoint, written one tensor after the other by a model that is on meta.
+
+    `base` is where those lie that adapters were trained beside, or None where they are not needed; `is_adapter` writes
+    the adapters alone, to `base_model`.
+    """
+
+    tensors: SavedTensors
+    model: CausalLM
+    base: Path | None = None
+    is_adapter: bool = False
+    base_model: str | None = None
+
+    def export(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write config.json and weights, or an adapter, into an existing folder."""
+        self.model.is_stored_whole = self.tensors.state.get("experts_whole", False)
+        if self.is_adapter:
+            trained = {name: self.tensors[f"model.{name}"] for name in lora.trained(self.model)}
+            lora.write_adapter(folder, self.model, trained, dtype, self.base_model)
+        else:
+            self.model.export(folder, dtype, self._weights())
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        if self.base is None:
+            return ((name, self.tensors[f"model.{name}"]) for name in named_weights(self.model))
+        adapters = {name: self.tensors[f"model.{name}"] for name in lora.trained(self.model) if ".lora_" in name}
+        weights = (
+            (name, self.tensors.get(f"model.{name}", tensor)) for name, tensor in each_weight(self.base, self.model)
+        )
+        return lora.merge(weights, self.model, adapters)
 
 
 def write_export(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,18 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from burnish.cluster.launch import end_after, is_local, open_ranks, with_restarts
-from burnish.cluster.peers import environment_world
+from burnish.cluster.launch import end_after, is_local, known_world, open_ranks, with_restarts
 from burnish.components import Components, DriverComponents
 from burnish.config import Recipe, RecipeError
 from burnish.data.feed import Feed, Preparation
 from burnish.data.pack import Layout, pack
 from burnish.data.source import BatchSize, Prefetch, RowsError
 from burnish.evaluate import evaluate
-from burnish.export import Card, write_export
+from burnish.export import Card, SavedWeights, write_export
 from burnish.length import RunLength, needs_every_row, run_length
 from burnish.loop import fit
 from burnish.model.vocabulary import stop_ids
+from burnish.model.zoo import locate
 from burnish.observe.console import Console, logging_to
 from burnish.observe.environment import versions
 from burnish.observe.metrics import MetricsWriter, StepWindow, Stopwatch, cut
@@ -43,12 +42,21 @@ from burnish.outcome import (
     write_facts,
     write_run_report,
 )
+from burnish.parallel.checks import check_layout
 from burnish.parallel.degrees import Degrees
 from burnish.rank import Rank, RankGroup, choose_layout, evaluation_layout
 from burnish.recipe import dump, read_recipe, recipe_from_dict
 from burnish.resume import altering_keys, check_resumable
 from burnish.run import Progress, Run, RunFolder, stop_on_signals
-from burnish.train.checkpoint import checkpoint_folder, find_checkpoint, latest_checkpoint, read_state, recover
+from burnish.train.checkpoint import (
+    SavedTensors,
+    checkpoint_folder,
+    find_checkpoint,
+    latest_checkpoint,
+    read_state,
+    recover,
+    verify_checkpoint,
+)
 from burnish.train.optim import DTYPES
 from burnish.types import Sample, UserError
 
@@ -187,6 +195,18 @@ class SFT:
             self._saved_weights = None
         return rank
 
+    def _check_layout(self) -> None:
+        """Raises RecipeError where the recipe's layout does not suit the ranks, as far as they are known, or the model.
+
+        Ranks ask again how many they are.
+        """
+        recipe, parallel, device = self.recipe, self.recipe.parallel, self.parts.device.type
+        world = known_world(recipe.cluster, device)
+        degrees = Degrees.least(parallel) if world is None else Degrees.of(parallel, world)
+        if not self.is_alone:
+            loaded = self.parts.loaded
+            check_layout(loaded.model, recipe, degrees, device, loaded.implementation, loaded.reason)
+
     @contextmanager
     def _ranks(self) -> Iterator[Rank | RankGroup]:
         """Who trains: this process, or ranks of a cluster, which end with the block."""
@@ -237,6 +257,7 @@ class SFT:
         stack.enter_context(parts.determinism())
         if not parts.corpus.train:
             raise RecipeError("data.train is empty; name at least one source, such as [{path: rows.jsonl}]")
+        self._check_layout()
         identity = parts.identity()
         state = None if checkpoint is None else read_state(checkpoint)
         if state is not None:
@@ -411,10 +432,9 @@ class SFT:
 
 def _is_alone(recipe: Recipe) -> bool:
     """Whether the run is one process, which trains by itself."""
-    is_asked_alone = recipe.run.device == "cpu" or not torch.cuda.is_available()
+    is_on_cpu = recipe.run.device == "cpu" or not torch.cuda.is_available()
     is_sharded = recipe.parallel.offload == "parameters"
-    world = environment_world(os.environ)
-    return world is None and not is_sharded and is_local(recipe.cluster, "cpu" if is_asked_alone else "cuda")
+    return not is_sharded and is_local(recipe.cluster, "cpu" if is_on_cpu else "cuda")
 
 
 def _fits(recipe: Recipe, world: int) -> bool:
@@ -426,7 +446,12 @@ def _fits(recipe: Recipe, world: int) -> bool:
 
 
 def _export(
-    rank: Rank | RankGroup, parts: Components, recipe: Recipe, run: RunFolder, progress: Progress, target: Path
+    rank: Rank | RankGroup | SavedWeights,
+    parts: Components,
+    recipe: Recipe,
+    run: RunFolder,
+    progress: Progress,
+    target: Path,
 ) -> Path:
     """Write the weights that `rank` holds now, which are those of `progress`, as a Hugging Face folder; returns it."""
     model, last = parts.loaded.model, progress.last_evaluation
@@ -525,11 +550,34 @@ def export_run(run: str, step: int | None = None, out: str | None = None) -> Pat
     if checkpoint is None or not checkpoint.is_dir():
         there = ", ".join(sorted(path.name for path in folder.checkpoints.glob("iter_*"))) or "none"
         raise UserError(f"{run} has no checkpoint{'' if step is None else f' of step {step}'}; there are: {there}")
+    verify_checkpoint(checkpoint)
     recipe = read_recipe(folder.path / "recipe.yaml")
+    tensors = SavedTensors(checkpoint)
+    progress = Progress.from_state(tensors.state["progress"])
+    target = Path(out) if out else folder.export(progress.step)
     # Weights come from the checkpoint and the rest from RUN/model, so that what the run began with may be gone.
-    model = recipe.model.model_copy(update={"path": None, "init": str(folder.path / "model"), "tokenizer": None})
+    own, is_merged = str(folder.path / "model"), recipe.lora is not None and recipe.lora.merge
     data = recipe.data.model_copy(update={"chat_template": None})  # RUN/model has it already
-    parts = Components(recipe.model_copy(update={"model": model, "data": data}), folder.path)
-    rank = Rank(parts)
-    progress = Progress.from_state(rank.load_weights(checkpoint)["progress"])
-    return _export(rank, parts, recipe, folder, progress, Path(out) if out else folder.export(progress.step))
+    begun = {"path": None, "init": own} if recipe.model.init or not is_merged else {}
+    model = recipe.model.model_copy(update={**begun, "tokenizer": own})
+    opened = recipe.model_copy(update={"model": model, "data": data})
+    if not is_merged:
+        parts = DriverComponents(opened, folder.path)
+        is_adapter, base = recipe.lora is not None, recipe.model.path
+        weights = SavedWeights(tensors, parts.loaded.model, is_adapter=is_adapter, base_model=base)
+        return _export(weights, parts, recipe, folder, progress, target)
+    try:
+        origin = locate(model)
+    except UserError as error:
+        raise UserError(
+            f"{checkpoint} holds adapters alone, and to add them in, as lora.merge says, takes the model they were "
+            f"trained beside: {error}. Bring that back"
+        ) from None
+    if recipe.model.init or origin.implementation == "transformers":
+        whole = Components(opened, folder.path)  # neither draws nor reads one tensor at a time
+        rank = Rank(whole)
+        rank.load_weights(checkpoint)
+        return _export(rank, whole, recipe, folder, progress, target)
+    parts = DriverComponents(opened, folder.path)
+    weights = SavedWeights(tensors, parts.loaded.model, origin.folder)
+    return _export(weights, parts, recipe, folder, progress, target)

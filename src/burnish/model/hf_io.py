@@ -101,6 +101,35 @@ def read_weights(
     weights = named_weights(model)
     expected = expected or {name: tensor.shape for name, tensor in weights.items()}
     weights = {name: tensor for name, tensor in weights.items() if name in expected}  # the rest are copies of tied ones
+    stored, copies = _locate_weights(folder, model, expected)
+    parts = {name: part_of(tensor) for name, tensor in weights.items()}
+    pieces = [piece for name, part in parts.items() for piece in _pieces_of(model, name, expected[name], *part)]
+    _copy_pieces(pieces, stored)
+    for name, target in copies.items():
+        if target in parts:
+            _check_copy(folder, stored, name, target, parts[target][1])
+
+
+def each_weight(folder: Path, model: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a folder one after the other, by the names, in the types and order of `model`, which is on meta.
+
+    Raises UserError as `read_weights` does, before the first.
+    """
+    weights = named_weights(model)
+    stored, _ = _locate_weights(folder, model, {name: tensor.shape for name, tensor in weights.items()})
+    for name, weight in weights.items():
+        tensor = torch.empty(weight.shape, dtype=weight.dtype)
+        _copy_pieces(list(_pieces_of(model, name, weight.shape, *whole(tensor))), stored)
+        yield name, tensor
+
+
+def _locate_weights(
+    folder: Path, model: CausalLM, expected: Mapping[str, torch.Size]
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """The files of a folder's tensors, which are those of `expected`, and which names are copies of tied ones.
+
+    The model then knows whether its experts are stored whole.
+    """
     stored = {name: file for name, file in locate_tensors(folder).items() if not _is_ignored(name, model)}
     copies = {name: target for name, target in model.aliases.items() if name in stored}
     model.is_stored_whole = any(name in stored for name in model.stacks)
@@ -108,12 +137,7 @@ def read_weights(
         source: shape for name, full in expected.items() for source, shape in _sources_of(model, name, full).items()
     }
     check_tensors(folder, shapes, stored, copies, remedy="set model.implementation to transformers")
-    parts = {name: part_of(tensor) for name, tensor in weights.items()}
-    pieces = [piece for name, part in parts.items() for piece in _pieces_of(model, name, expected[name], *part)]
-    _copy_pieces(pieces, stored)
-    for name, target in copies.items():
-        if target in parts:
-            _check_copy(folder, stored, name, target, parts[target][1])
+    return stored, copies
 
 
 def _is_ignored(name: str, model: CausalLM) -> bool:

@@ -93,8 +93,8 @@ def save_checkpoint(
 class Checkpointer:
     """Writes checkpoints behind training, which waits for a copy alone. All ranks make it together, and use it alike.
 
-    The copies take as much host memory as what is saved, kept from `prepare` or the first save on; moments in int8 take the four
-    bytes a value that a checkpoint holds of them. A process that ends by itself finishes the save it is at.
+    The copies take as much host memory as what is saved, kept from `prepare` or the first save on; moments in int8 take
+    the four bytes a value that a checkpoint holds of them. A process that ends by itself finishes the save it is at.
     """
 
     def __init__(self) -> None:
@@ -176,6 +176,35 @@ def load_checkpoint(
     ranks.each(lambda: _read_tensors(folder, metadata, wanted))
     take()
     return manifest["state"]
+
+
+class SavedTensors(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name, whatever layout wrote it: each is read when it is asked for, and whole.
+
+    `state` is what was saved with them. Its files are taken for whole: `verify_checkpoint` comes before. Of a
+    checkpoint of version 1 the weights are as they are now.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        manifest, self._metadata = _read_contents(folder)
+        self.state: dict[str, Any] = manifest["state"]
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self._metadata.state_dict_metadata[name]
+        assert isinstance(stored, TensorStorageMetadata)
+        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+        _read_tensors(self._folder, self._metadata, {name: tensor})
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._metadata.state_dict_metadata)
+
+    def __len__(self) -> int:
+        return len(self._metadata.state_dict_metadata)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._metadata.state_dict_metadata
 
 
 def verify_checkpoint(folder: str | Path, *, group: dist.ProcessGroup | None = None) -> None:
