@@ -108,7 +108,7 @@ class Components:
     def blocks(self) -> Blocks:
         train = self.recipe.train
         is_compiled = train.compile is True or (train.compile == "auto" and self.device.type == "cuda")
-        return Blocks(train.recompute, train.recompute_every, is_compiled)
+        return Blocks(train.recompute, train.recompute_every, is_compiled, train.offload_activations)
 
     @property
     def precision(self) -> Precision:

@@ -375,6 +375,8 @@ class TrainConfig(Section):
     """Activations computed again in backward: none, all but matrix products and attention, or whole blocks."""
     recompute_every: Positive = 1
     """Of how many blocks in a row one is recomputed; 1 takes every block."""
+    offload_activations: bool = False
+    """What blocks keep for backward lies in the host's memory until then."""
     router_aux_loss: NonNegative = 0.0
     """Weight of the load-balancing loss of experts, computed in each document (arXiv 2101.03961, 2412.19437)."""
     router_z_loss: NonNegative = 0.0

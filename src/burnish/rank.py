@@ -83,6 +83,7 @@ class Rank:
             neftune_alpha=recipe.train.neftune_alpha,
             reduce=DTYPES[recipe.precision.reduce],
             routing=Routing(recipe.train.router_aux_loss, recipe.train.router_z_loss, recipe.train.router_bias_rate),
+            updates_on_host=recipe.parallel.offload == "optimizer",
             clock=clock or (lambda name: nullcontext()),
         )
         self.trainer.prepare_saves()

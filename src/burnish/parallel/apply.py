@@ -169,6 +169,9 @@ def load_weights(execution: MeshExecution, folder: Path | None, seed: int, lora:
     shapes = {name: tensor.shape for name, tensor in named_weights(execution.whole).items()}
     for model in execution.stages:
         nn.Module.to_empty(model, device=execution.storage)
+        # Shards may be on the host; what belongs to no shard is read where the model runs.
+        for module in model.modules():
+            module._buffers.update({n: b.to(execution.device) for n, b in module._buffers.items() if b is not None})
         if folder is None:
             initialise(model, seed, fill)
         else:

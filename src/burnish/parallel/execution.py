@@ -67,6 +67,11 @@ class Execution:
         }
 
     @property
+    def storage(self) -> torch.device:
+        """Where parameters and their gradients lie between steps."""
+        return self.device
+
+    @property
     def stages(self) -> list[CausalLM]:
         """The parts of the model on this rank, in order."""
         return [self.model]
@@ -167,7 +172,6 @@ class MeshExecution(Execution):
 
     @property
     def storage(self) -> torch.device:
-        """Where shards of parameters lie."""
         return torch.device("cpu") if self.sharding.is_offloaded else self.device
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -261,11 +265,14 @@ class MeshExecution(Execution):
 
     def sum(self, stats: Stats) -> Stats:
         names = sorted(stats)
-        pairs = torch.tensor(
-            [[float(stats[name].sum), float(stats[name].weight)] for name in names],
-            dtype=torch.float64,
-            device=self.device,
-        )
+        values = [value for name in names for value in (stats[name].sum, stats[name].weight)]
+        # What is on the device stays there, and what is not is sent at once: the host waits for nothing.
+        known = torch.tensor([0.0 if isinstance(v, Tensor) else v for v in values], dtype=torch.float64)
+        pairs = known.to(self.device)
+        for index, value in enumerate(values):
+            if isinstance(value, Tensor):
+                pairs[index] = value.detach()
+        pairs = pairs.unflatten(0, (len(names), 2))
         for axis in ("shard", "dp_replicate"):
             dist.all_reduce(pairs, group=self.mesh.group(axis))
         return {name: Weighted(*pair) for name, pair in zip(names, pairs.unbind(), strict=True)}

@@ -64,9 +64,3 @@ class Mesh:
     @property
     def data_rank(self) -> int:
         return self.degrees.data_rank(dist.get_rank())
-
-    @property
-    def counts(self) -> bool:
-        """Whether what this rank measures enters sums over all ranks: tp peers measure the same, and only the last
-        stage of a pipeline has scores."""
-        return self.place["tp"] == 0 and self.place["pp"] == self.degrees.pp - 1

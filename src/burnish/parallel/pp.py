@@ -246,16 +246,16 @@ class PipelineEngine:
         """Add the gradient of the head's copy of a tied embedding to the embedding's, and drop it."""
         embedding, copy = self._tied()
         if copy is not None and copy.requires_grad:
-            gradient = _wide(copy)
+            gradient = _wide(copy).to(self.device)
             if embedding is not None:
-                _local(embedding.grad).add_(gradient)
+                _add(embedding, gradient)
             else:
                 dist.send(gradient, group_dst=0, group=self.group)
             copy.grad = None
         elif embedding is not None and embedding.requires_grad:
-            gradient = torch.empty_like(_wide(embedding))
+            gradient = torch.empty_like(_wide(embedding), device=self.device)
             dist.recv(gradient, group_src=self._last_rank, group=self.group)
-            _local(embedding.grad).add_(gradient)
+            _add(embedding, gradient)
 
     @torch.no_grad()
     def refresh_tied(self) -> None:
@@ -264,9 +264,12 @@ class PipelineEngine:
         if embedding is not None and copy is not None:
             _local(copy).copy_(_local(embedding))
         elif embedding is not None:
-            dist.send(_local(embedding), group_dst=self._last_rank, group=self.group)
+            dist.send(_local(embedding).to(self.device), group_dst=self._last_rank, group=self.group)
         elif copy is not None:
-            dist.recv(_local(copy), group_src=0, group=self.group)
+            # Shards may lie on the host, from which a group of devices cannot send.
+            weight = torch.empty_like(_local(copy), device=self.device)
+            dist.recv(weight, group_src=0, group=self.group)
+            _local(copy).copy_(weight)
 
     def _tied(self) -> tuple[nn.Parameter | None, nn.Parameter | None]:
         """The embedding and the head's copy of it, each where it is on this rank and they are tied."""
@@ -286,6 +289,11 @@ def _local(tensor: Tensor | None) -> Tensor:
     assert tensor is not None
     detached = tensor.detach()
     return detached._local_tensor if isinstance(detached, DTensor) else detached
+
+
+def _add(weight: nn.Parameter, gradient: Tensor) -> None:
+    own = _local(weight.grad)
+    own.add_(gradient.to(own.device))
 
 
 def _wide(weight: nn.Parameter) -> Tensor:

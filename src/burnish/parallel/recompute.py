@@ -12,11 +12,13 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from burnish.model.base import CausalLM
+from burnish.parallel.offload import offload_activations
 
 SAVED_BY_SELECTIVE = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
+    torch.ops.aten._grouped_mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -57,8 +59,12 @@ class Blocks:
     every: int = 1
     """Of how many blocks in a row the first is recomputed."""
     is_compiled: bool = False
+    is_offloaded: bool = False
+    """Whether what blocks keep lies in the host's memory."""
 
     def wrap(self, model: CausalLM) -> None:
         recompute_blocks(model.blocks()[:: self.every], self.recompute)
+        if self.is_offloaded:
+            offload_activations(model.blocks())
         if self.is_compiled:
             compile_blocks(model.blocks())

@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -122,7 +122,7 @@ class Optimizer(ABC):
 
 
 def build_optimizer(
-    named_parameters: Mapping[str, Parameter], config: OptimConfig, states: States, seed: int
+    named_parameters: Mapping[str, Parameter], config: OptimConfig, states: States, seed: int, on_host: bool = False
 ) -> Optimizer:
     """The optimizer of all parameters that require a gradient, on one device.
 
@@ -130,13 +130,16 @@ def build_optimizer(
     Bytes a parameter beside its weight and gradient, for AdamW with `states`: fp64 16, fp32 8, bf16 4, int8 2.03 (fp32
     for tensors below 4,096 values); SGD none. Fused kernels of torch run where states and weights are one type, fp32 or
     fp64; anything else is computed in fp32 a stretch at a time and rounded stochastically from `seed`. That holds for
-    bf16 weights too (`precision.master: bf16`), whose updates would mostly round away otherwise.
+    bf16 weights too (`precision.master: bf16`), whose updates would mostly round away otherwise. `on_host` updates on
+    the host, in whose memory the states lie, and copies of weights and gradients beside them.
 
     Raises UserError where nothing is left to train or a pattern of `optim.no_decay` matches nothing.
     """
     trained = {name: parameter for name, parameter in named_parameters.items() if parameter.requires_grad}
     if not trained:
         raise UserError("model.freeze freezes every parameter, so there is nothing to train; narrow its patterns")
+    if on_host:
+        return HostOptimizer(trained, lambda copies: build_optimizer(copies, config, states, seed))
     decays = weight_decays(trained, config)
     dtypes = {parameter.dtype for parameter in trained.values()}
     wide = dtypes <= {torch.float32, torch.float64}
@@ -210,6 +213,53 @@ class FusedAdamW(Optimizer):
 
     def state_tensors(self) -> dict[str, Tensor | Coded]:
         return dict(self._state)
+
+
+class HostOptimizer(Optimizer):
+    """The optimizer that `build` makes of copies of the parameters on the host: there its state lies and updates run.
+
+    Weights and gradients are copied there for every step, and weights back; nothing is updated where these lie.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Parameter], build: Callable[[Mapping[str, Parameter]], Optimizer]
+    ) -> None:
+        self._parameters = parameters
+        self._copies = {name: Parameter(like(p, _on_host(local_part(p)))) for name, p in parameters.items()}
+        self._gradients: dict[str, Tensor] = {}
+        self._inner = build(self._copies)
+
+    @torch.no_grad()
+    def step(self, lr: float, finite: Tensor) -> None:
+        for name, parameter in self._parameters.items():
+            gradient, copy = _local_gradient(parameter), self._copies[name]
+            if gradient is None:
+                copy.grad = None
+                continue
+            if name not in self._gradients:
+                self._gradients[name] = _on_host(gradient)
+                if not isinstance(copy, DTensor):
+                    copy.grad_dtype = gradient.dtype
+            local_part(copy).copy_(local_part(parameter), non_blocking=True)
+            self._gradients[name].copy_(gradient, non_blocking=True)
+            copy.grad = like(copy, self._gradients[name])
+        # On CUDA this waits for the copies before it, too: they are in the same stream.
+        self._inner.step(lr, finite.to("cpu"))
+        for name, parameter in self._parameters.items():
+            if self._copies[name].grad is not None:
+                local_part(parameter).copy_(local_part(self._copies[name]), non_blocking=True)
+
+    def zero_grad(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def state_tensors(self) -> dict[str, Tensor | Coded]:
+        return self._inner.state_tensors()
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """Memory for the values of `tensor` on the host, which a device copies to and from without its waiting."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
 
 
 class _Parts:

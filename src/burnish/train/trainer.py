@@ -62,7 +62,8 @@ class LocalTrainer:
     """Trains what `execution` holds: parameters of the master type, in shards where there are several ranks.
 
     Gradients are added up in `reduce` or the master type, whichever is wider. `clock` times forward_backward and
-    optimizer; `neftune_alpha` adds noise drawn from (seed, step, sample).
+    optimizer; `neftune_alpha` adds noise drawn from (seed, step, sample). `updates_on_host` keeps the optimizer's state
+    in the host's memory.
     """
 
     execution: Execution
@@ -75,6 +76,7 @@ class LocalTrainer:
     reduce: torch.dtype = torch.float32
     clock: Clock = lambda name: nullcontext()
     routing: Routing = Routing()
+    updates_on_host: bool = False
     num_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -84,7 +86,9 @@ class LocalTrainer:
             if not isinstance(parameter, DTensor):
                 # Gradients of bf16 masters are added up in more than bf16's eight bits.
                 parameter.grad_dtype = torch.promote_types(parameter.dtype, self.reduce)
-        self.optimizer = build_optimizer(self.parameters, self.optim, self.states, self.seed)
+        self.optimizer = build_optimizer(
+            self.parameters, self.optim, self.states, self.seed, on_host=self.updates_on_host
+        )
         self._checkpointer = Checkpointer()
         self._routers = self.execution.routers()
         for router in self._routers.values():
@@ -108,7 +112,7 @@ class LocalTrainer:
                 finite = finite & torch.isfinite(torch.as_tensor(stats["loss"].sum))
             finite = self.execution.all_of(finite)
             rate = learning_rate(self.optim, step, self.total_steps)
-            self.optimizer.step(rate, finite)
+            self.optimizer.step(rate, finite.to(self.execution.storage))
             loads = self._balance(finite) if self.execution.is_sparse else {}
             self.execution.after_update()
         self.num_steps = step
