@@ -129,6 +129,8 @@ class SFT:
             )
         self.parts = self._whole if self.is_alone else DriverComponents(self.recipe, self.folder.path, **self._given)
         self._progress = Progress()
+        self._is_restart = False
+        """Whether ranks were lost before, and the run may go on with fewer."""
         self._saved_weights: Path | None = None
         """A checkpoint whose weights are to be loaded before the model is used, since its run had ended already."""
 
@@ -146,9 +148,12 @@ class SFT:
         how = {None: self.recipe.checkpoint.resume, True: "auto", False: "never"}.get(resume, str(resume))
         with self._opened_folder() as console:
             starts = [(how, self.recipe.checkpoint.step), ("auto", None)]
-            return with_restarts(
-                lambda restarts: self._train(console, *starts[min(restarts, 1)]), self.recipe.cluster.max_restarts
-            )
+
+            def start(restarts: int) -> Result:
+                self._is_restart = restarts > 0
+                return self._train(console, *starts[min(restarts, 1)])
+
+            return with_restarts(start, self.recipe.cluster.max_restarts)
 
     def _train(self, console: Console, how: str, step: int | None) -> Result:
         with ExitStack() as stack:
@@ -221,7 +226,7 @@ class SFT:
             device=self.parts.device.type,
             logs=self.folder.path.resolve() / "logs",
             log_level=recipe.run.log_level,
-            fits=lambda world: _fits(recipe, world),
+            fits=(lambda world: _fits(recipe, world)) if self._is_restart else None,
         )
         try:
             yield RankGroup(ranks, Degrees.of(parallel, ranks.world_size))

@@ -21,63 +21,32 @@ import pytest
 FAKES = Path(__file__).parents[1] / "unit" / "cluster"
 sys.path.insert(0, str(FAKES))
 
-os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # read at Ray's import: loopback alone
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+from hosts import MARK, Hosts, await_end, is_alive, marked  # noqa: E402 - before Ray's import
 
 from burnish.cluster.launch import open_ranks, with_restarts  # noqa: E402
 from burnish.cluster.ranks import ClusterError, LostRanks  # noqa: E402
 from burnish.config import ClusterConfig  # noqa: E402
 from burnish.types import UserError  # noqa: E402
 
-MARK = "BURNISH_TEST_MARK"
-STORE = 80_000_000
 
-
-class Hosts:
-    """Ray nodes of two cores each on this machine."""
-
-    def __init__(self, number: int) -> None:
-        from ray.cluster_utils import Cluster
-
-        self.cluster = Cluster()
-        for _ in range(number):
-            self.add()
-
-    def add(self) -> Any:
-        return self.cluster.add_node(num_cpus=2, object_store_memory=STORE, include_dashboard=False)
-
+class FakeHosts(Hosts):
     def open(self, *args: Any, fits: Any = None, logs: Path | None = None, meet: bool = False, **keys: Any) -> Any:
-        config = ClusterConfig(address=self.cluster.address, **{"timeout": 60.0, "wait": 60.0, **keys})
+        config = ClusterConfig(address=self.address, **{"timeout": 60.0, "wait": 60.0, **keys})
         return open_ranks(config, "cluster_fakes:Fake", args, device="cpu", logs=logs, meet=meet, fits=fits)
 
 
 @pytest.fixture(scope="module")
-def hosts() -> Iterator[Hosts]:
-    hosts = Hosts(2)
+def hosts() -> Iterator[FakeHosts]:
+    hosts = FakeHosts(2)
     yield hosts
-    hosts.cluster.shutdown()
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def await_end(pids: list[int], seconds: float = 30.0) -> list[int]:
-    """Those of `pids` that live after that long."""
-    deadline = time.monotonic() + seconds
-    while (left := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
+    hosts.close()
 
 
 def pids_of(ranks: Any) -> list[int]:
     return [place[3] for place in ranks.call("place")]
 
 
-def test_ranks_over_two_hosts_share_values_and_form_a_group(hosts: Hosts, tmp_path: Path) -> None:
+def test_ranks_over_two_hosts_share_values_and_form_a_group(hosts: FakeHosts, tmp_path: Path) -> None:
     ranks = hosts.open(num_nodes=2, env={"OF_RANK": 7}, meet=True, logs=tmp_path / "logs")
     with contextlib.closing(ranks):
         pids = pids_of(ranks)
@@ -97,7 +66,7 @@ def test_ranks_over_two_hosts_share_values_and_form_a_group(hosts: Hosts, tmp_pa
 
 
 def test_the_console_shows_the_driver_and_rank_0(
-    hosts: Hosts, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    hosts: FakeHosts, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with caplog.at_level(logging.INFO, "burnish"), contextlib.closing(hosts.open(num_nodes=2, logs=tmp_path)) as ranks:
         ranks.call("say", "hello")
@@ -114,7 +83,7 @@ def test_the_console_shows_the_driver_and_rank_0(
 
 
 @pytest.mark.slow
-def test_a_device_mapping_orders_ranks(hosts: Hosts) -> None:
+def test_a_device_mapping_orders_ranks(hosts: FakeHosts) -> None:
     with contextlib.closing(hosts.open(num_nodes=2, devices_per_node=2, device_mapping=[3, 0])) as ranks:
         mapped = ranks.call("node")
     with contextlib.closing(hosts.open(num_nodes=2, devices_per_node=2, device_mapping=[0, 3])) as ranks:
@@ -132,7 +101,7 @@ def test_a_device_mapping_orders_ranks(hosts: Hosts) -> None:
     ],
 )
 def test_the_first_failure_is_shown_and_ends_all(
-    hosts: Hosts, tmp_path: Path, call: tuple[Any, ...], kind: str, parts: list[str]
+    hosts: FakeHosts, tmp_path: Path, call: tuple[Any, ...], kind: str, parts: list[str]
 ) -> None:
     ranks = hosts.open(num_nodes=2, logs=tmp_path, timeout=3.0)
     pids = pids_of(ranks)
@@ -147,12 +116,12 @@ def test_the_first_failure_is_shown_and_ends_all(
         assert "Thread 0x" in (tmp_path / "rank-0.log").read_text()
 
 
-def test_an_object_that_cannot_be_made(hosts: Hosts) -> None:
+def test_an_object_that_cannot_be_made(hosts: FakeHosts) -> None:
     with pytest.raises(ClusterError, match=r"rank [01] on .* failed in start: ValueError: no object on rank"):
         hosts.open("broken", num_nodes=2)
 
 
-def test_a_lost_rank_restarts_the_run_from_where_it_stood(hosts: Hosts, tmp_path: Path) -> None:
+def test_a_lost_rank_restarts_the_run_from_where_it_stood(hosts: FakeHosts, tmp_path: Path) -> None:
     starts = []
 
     def once(restarts: int) -> list[int]:
@@ -166,7 +135,7 @@ def test_a_lost_rank_restarts_the_run_from_where_it_stood(hosts: Hosts, tmp_path
 
 
 @pytest.mark.slow
-def test_a_host_that_comes_late_and_one_that_is_lost(hosts: Hosts, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_host_that_comes_late_and_one_that_is_lost(hosts: FakeHosts, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ClusterError, match=r"cluster.num_nodes=3: 2 hosts .* cluster.wait=1 s"):
         hosts.open(num_nodes=3, wait=1.0)
     with caplog.at_level(logging.INFO, "burnish"), ThreadPoolExecutor() as pool:
@@ -231,16 +200,6 @@ def driver(keys: dict[str, Any], logs: Path, *call: str) -> Iterator[tuple[subpr
         process.wait()
 
 
-def marked(mark: str) -> list[int]:
-    """Processes that descend from one with the mark in its environment."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-    return found
-
-
 def test_no_process_outlives_a_driver_that_is_killed(tmp_path: Path) -> None:
     with driver({"devices_per_node": 2}, tmp_path, "hang", "0") as (process, ranks, mark):
         running = marked(mark)
@@ -251,8 +210,8 @@ def test_no_process_outlives_a_driver_that_is_killed(tmp_path: Path) -> None:
         assert not await_end(marked(mark))
 
 
-def test_ranks_in_a_cluster_end_with_a_driver_that_is_killed(hosts: Hosts, tmp_path: Path) -> None:
-    keys = {"address": hosts.cluster.address, "num_nodes": 2}
+def test_ranks_in_a_cluster_end_with_a_driver_that_is_killed(hosts: FakeHosts, tmp_path: Path) -> None:
+    keys = {"address": hosts.address, "num_nodes": 2}
     with driver(keys, tmp_path, "hang", "0") as (process, ranks, _):
         process.kill()
         process.wait()

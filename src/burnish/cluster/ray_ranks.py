@@ -65,6 +65,7 @@ class RayRanks:
         self._pids: dict[int, int] = {}
         self._head_gone = False
         self._over = threading.Lock()
+        self._ender: threading.Thread | None = None
         self._last_answer = time.monotonic()
         try:
             self._start(target, args, device, None if logs is None else logs.absolute(), log_level, fits, meet)
@@ -248,12 +249,17 @@ class RayRanks:
         """End every rank and hand back what was taken; a Ray that was started here ends too."""
         if not self._over.acquire(blocking=False):
             return
+        self._ender = threading.current_thread()
         self._lines.end(0)
         _within(20, self._open.close)
 
     def kill(self) -> None:
         if not self._over.acquire(blocking=False):
+            if self._ender is not None and threading.current_thread() is threading.main_thread() is not self._ender:
+                # Whoever ends the ranks beside this thread ends the process next, and with its own exit status.
+                self._ender.join(30)
             return
+        self._ender = threading.current_thread()
         if self._settings:
             self._lines.end(1)
         import ray
