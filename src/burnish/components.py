@@ -35,6 +35,7 @@ from burnish.model.zoo import Loaded, adopt_model, build, describe_model, initia
 from burnish.observe.flops import peak_flops
 from burnish.observe.metrics import Utilisation
 from burnish.parallel.apply import Parallelism, Precision, load_weights
+from burnish.parallel.checks import is_compiled
 from burnish.parallel.execution import Execution, MeshExecution
 from burnish.parallel.mesh import Mesh
 from burnish.parallel.recompute import Blocks
@@ -107,8 +108,12 @@ class Components:
     @property
     def blocks(self) -> Blocks:
         train = self.recipe.train
-        is_compiled = train.compile is True or (train.compile == "auto" and self.device.type == "cuda")
-        return Blocks(train.recompute, train.recompute_every, is_compiled, train.offload_activations)
+        return Blocks(
+            train.recompute,
+            train.recompute_every,
+            is_compiled(self.recipe, self.device.type),
+            train.offload_activations,
+        )
 
     @property
     def precision(self) -> Precision:

@@ -50,11 +50,10 @@ from burnish.model.hf_io import find_folder, read_config
 from burnish.observe.flops import ModelShape, step_flops
 from burnish.observe.plan_terminal import Section, draw
 from burnish.observe.units import count_text, duration_text
-from burnish.parallel.cp import check_context_parallel
+from burnish.parallel.checks import check_layout
 from burnish.parallel.degrees import Degrees
 from burnish.parallel.divisible import check_tensor_parallel
-from burnish.parallel.ep import check_expert_parallel
-from burnish.parallel.stages import check_split, cut_model, num_micro_batches
+from burnish.parallel.stages import cut_model, num_micro_batches
 from burnish.parallel.trace import Micro, cut, planned_attention, trace
 from burnish.parts import InspectedSource, Parts
 from burnish.recipe import read_recipe
@@ -400,6 +399,7 @@ class Planner:
     def __post_init__(self) -> None:
         self.hardware = requested_hardware(self.request)
         self.config = read_model_config(self.recipe)
+        self.origin = zoo.choose_implementation(self.recipe.model.implementation, self.config)
         self.model = build_on_meta(self.config, self.recipe, self.device)
         self.counts = count_parameters(self.model)
         self.degrees = Degrees.of(self.recipe.parallel, self._world())
@@ -423,12 +423,8 @@ class Planner:
 
     def check(self, parallel: ParallelConfig, degrees: Degrees) -> None:
         """Raises RecipeError for a layout that the model cannot have."""
-        check_tensor_parallel(self.model.config, degrees.tp)
-        check_context_parallel(self.model.config, degrees.cp, parallel.cp_kind, degrees.tp)
-        check_expert_parallel(self.model.config, degrees)
-        compiles = self.recipe.train.compile
-        check_split(parallel, self.recipe.train.recompute, self.device == "cuda" if compiles == "auto" else compiles)
-        self.stages(parallel)
+        recipe = self.recipe.model_copy(update={"parallel": parallel})
+        check_layout(self.model, recipe, degrees, self.device, *self.origin)
 
     @property
     def num_experts(self) -> int:

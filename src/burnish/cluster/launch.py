@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from burnish.cluster.peers import PeerRanks, environment_world, release_at_exit, serve
 from burnish.cluster.ranks import LocalRanks, LostRanks, Ranks
 from burnish.config import ClusterConfig
 
@@ -34,8 +35,6 @@ def open_ranks(
     the recipe can be laid out over them, so that a run may go on with fewer. `meet` forms torch's process group, but in
     a world of one. Raises RecipeError for what `config` cannot mean here, ClusterError for what does not come up.
     """
-    from burnish.cluster.peers import PeerRanks, environment_world
-
     common: dict[str, Any] = {"device": device, "logs": logs, "log_level": log_level, "meet": meet}
     world = environment_world(os.environ)
     if world is not None:
@@ -50,24 +49,30 @@ def open_ranks(
 
 def is_local(config: ClusterConfig, device: str) -> bool:
     """Whether the run is a world of one, which needs no process but the driver's. It looks at no other host."""
-    if config.address is not None:
-        return False
+    return config.address is None and known_world(config, device) == 1
+
+
+def known_world(config: ClusterConfig, device: str) -> int | None:
+    """How many ranks a run will have, as far as that is known without a look at other hosts; else None."""
+    world = environment_world(os.environ)
+    if world is not None:
+        return world.size
     if config.device_mapping is not None:
-        return len(config.device_mapping) == 1
+        return len(config.device_mapping)
     if config.devices_per_node != "auto":
-        return config.devices_per_node == 1
+        return config.num_nodes * config.devices_per_node
     if device == "cpu":
-        return True
+        return config.num_nodes
+    if config.address is not None:
+        return None
     import torch
 
-    return torch.cuda.device_count() == 1
+    return torch.cuda.device_count()
 
 
 def serve_as_peer(environment: Mapping[str, str]) -> int | None:
     """In a process that torchrun or Slurm started as another rank than 0: serve rank 0's calls until it ends, and
     return the exit status. None in every other process, which is the driver."""
-    from burnish.cluster.peers import environment_world, release_at_exit, serve
-
     world = environment_world(environment)
     if world is None:
         return None

@@ -52,6 +52,13 @@ class Degrees:
             )
         return degrees
 
+    @classmethod
+    def least(cls, parallel: ParallelConfig) -> Degrees:
+        """Those of `parallel` where nobody knows how many ranks there will be: no more than its experts take."""
+        names = ("dp_replicate", "cp", "tp", "pp", "ep", "etp")
+        dp_shard = parallel.ep if parallel.dp_shard == "auto" else parallel.dp_shard
+        return cls(**{name: getattr(parallel, name) for name in names}, dp_shard=dp_shard)
+
     @property
     def world(self) -> int:
         return prod(getattr(self, axis) for axis in AXES)

@@ -91,9 +91,14 @@ SPLIT = ("interleaved_zero_bubble", "zbv_zero_bubble")
 """Schedules that compute the gradients of weights apart from those of activations, so backward comes twice."""
 
 
+def splits_backward(parallel: ParallelConfig) -> bool:
+    """Whether a pipeline goes backward twice through a block."""
+    return parallel.pp > 1 and parallel.pp_schedule in SPLIT
+
+
 def check_split(parallel: ParallelConfig, recompute: str, is_compiled: bool) -> None:
     """Raises RecipeError where the schedule goes backward twice through what allows it once."""
-    if parallel.pp == 1 or parallel.pp_schedule not in SPLIT:
+    if not splits_backward(parallel):
         return
     once = "train.recompute=selective" if recompute == "selective" else "train.compile" if is_compiled else None
     if once:
