@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from burnish.cli import parse
-from burnish.config import RecipeError
-from burnish.recipe import apply_override, json_schema, parse_yaml, read_recipe, recipe_from_dict
+from burnish.config import Recipe, RecipeError
+from burnish.recipe import apply_override, fields, json_schema, parse_yaml, read_recipe, recipe_from_dict
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -33,13 +33,24 @@ def blocks(language: str) -> Iterator[tuple[str, str]]:
             yield page.name, block
 
 
+LAUNCHERS = ("burnish", "torchrun", "srun")
+
+
 def commands() -> Iterator[tuple[str, str]]:
-    """(page, command line) of every command of burnish in a block of bash."""
+    """(page, command line) of every command of burnish in a block of bash, started by itself or by a launcher."""
     for page, block in blocks("bash"):
         for line in block.splitlines():
             words = shlex.split(line, comments=True)
-            if words and words[0].rpartition("/")[2] == "burnish":
+            if words and words[0].rpartition("/")[2] in LAUNCHERS:
                 yield page, line
+
+
+def arguments(line: str) -> list[str]:
+    """What burnish gets of a command line."""
+    words = shlex.split(line, comments=True)
+    names = [word.rpartition("/")[2] for word in words]
+    words = words[names.index("burnish") + 1 :]
+    return words[: words.index(">")] if ">" in words else words
 
 
 RECIPES = [(page, text) for page, text in blocks("yaml") if not text.startswith(FRAGMENT)]
@@ -50,19 +61,19 @@ def test_documentation_has_recipes_and_commands() -> None:
     # Else the tests below would pass on nothing.
     assert len(RECIPES) >= 7
     assert len(COMMANDS) >= 9
+    assert {line.split()[0] for _, line in COMMANDS} >= set(LAUNCHERS)
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[line.strip() for _, line in COMMANDS])
 def test_command_is_one_the_command_line_takes(page: str, line: str) -> None:
-    words = shlex.split(line, comments=True)[1:]
-    words = words[: words.index(">")] if ">" in words else words
+    words = arguments(line)
     if "--help" in words:
         with pytest.raises(SystemExit) as left:
             parse(words)
         assert left.value.code == 0
         return
     parsed = parse(words)
-    if parsed.command == "sft":
+    if parsed.command in ("sft", "plan"):
         tree = {"model": {"path": "m"}, "data": {"train": ["rows.jsonl"]}}
         recipe_from_dict(tree, parsed.overrides)
 
@@ -209,6 +220,23 @@ def test_relative_links_lead_to_files(page: Path) -> None:
     assert not missing
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_into_a_page_lead_to_a_heading(page: Path) -> None:
+    for target, _, anchor in re.findall(r"\]\(([\w./-]*)(#)([\w-]+)\)", page.read_text(encoding="utf-8")):
+        text = (page.parent / target if target else page).read_text(encoding="utf-8")
+        headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_rows_of_a_table_have_as_many_cells_as_its_head(page: Path) -> None:
+    for table in re.findall(r"(?:^\|.*\n?)+", page.read_text(encoding="utf-8"), re.MULTILINE):
+        rows = [re.sub(r"\\\||`[^`]*`", "", row) for row in table.splitlines()]
+        assert {row.count("|") for row in rows} == {rows[0].count("|")}, table
+        assert all(row.rstrip().endswith("|") for row in rows), table
+        assert re.fullmatch(r"(\|-+)+\|", rows[1]), table
+
+
 def test_architecture_lists_every_file_once() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `([\w/]+\.py)` \|", text, re.MULTILINE)
@@ -238,7 +266,10 @@ def test_loop_in_architecture_is_the_code() -> None:
 def test_files_named_in_pages_exist() -> None:
     package = ROOT / "src" / "burnish"
     for page in PAGES:
-        names = re.findall(r"`((?:data|model|train|observe|tests|bench)/[\w/]+\.py)`", page.read_text(encoding="utf-8"))
+        names = re.findall(
+            r"`((?:data|model|train|parallel|cluster|observe|tests|bench)/[\w/]+\.py)`",
+            page.read_text(encoding="utf-8"),
+        )
         assert not [name for name in names if not (package / name).exists() and not (ROOT / name).exists()], page.name
 
 
@@ -262,10 +293,23 @@ def test_keys_named_in_pages_exist() -> None:
         assert not sorted(named - files - known), page.name
 
 
-def _known_keys() -> Iterator[str]:
-    from burnish.config import Recipe
-    from burnish.recipe import fields
+def test_keys_that_stand_for_those_of_other_launchers_exist() -> None:
+    page = (ROOT / "docs" / "layouts.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"^## From other launchers\n(.*?)^## ", page, re.MULTILINE | re.DOTALL)
+    rows = re.findall(r"^\| (?P<theirs>.*) \| (?P<ours>[^|]*) \|$", section, re.MULTILINE)
+    assert len(rows) >= 25
+    kinds = {path: kind for path, _, kind in fields(Recipe)}
+    known = {name for path in kinds for name in (path, path.rpartition(".")[2])}
+    values = {value for kind in kinds.values() for value in re.findall(r"\w+", kind)}
+    for _, ours in rows:
+        for text in re.findall(r"`([^`]+)`", ours):
+            for part in text.split(", "):
+                key, _, value = part.partition(":")
+                assert key in known | values | {"parallel"}, ours
+                assert value.strip() in values | {"", "N"} or value.strip().isdigit(), ours
 
+
+def _known_keys() -> Iterator[str]:
     for path, _, _ in fields(Recipe):
         yield path
 
