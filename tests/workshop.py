@@ -9,7 +9,7 @@ import random
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -34,13 +34,21 @@ COMMANDS.set_forkserver_preload(
 )
 
 
-def _command(arguments: list[str], folder: Path, output: Path, environment: Mapping[str, str]) -> None:
+def _command(
+    arguments: list[str],
+    folder: Path,
+    output: Path,
+    environment: Mapping[str, str],
+    before: Callable[[], object] | None,
+) -> None:
     """Run the command line in a process of its own, its output into a file."""
     os.environ |= environment
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.chdir(folder)
+    if before is not None:
+        before()
     from burnish.cli import main
 
     sys.exit(main(arguments))
@@ -104,6 +112,8 @@ class Workshop:
 
     folder: Path
     num_commands: int = 0
+    before: Callable[[], object] | None = None
+    """What the process of each command calls first, importable by its name: a fault that is to happen there."""
 
     def recipe(self, name: str = "recipe.yaml", **sections: Mapping[str, Any]) -> Path:
         """A recipe for a tiny model and 96 rows, 12 steps; `sections` are merged over it."""
@@ -126,7 +136,7 @@ class Workshop:
     def start(self, *arguments: str, environment: Mapping[str, str] = MappingProxyType({})) -> Command:
         self.num_commands += 1
         output = self.folder / f"output-{self.num_commands}.txt"
-        args = (list(arguments), self.folder, output, dict(environment))
+        args = (list(arguments), self.folder, output, dict(environment), self.before)
         process = COMMANDS.Process(target=_command, args=args, daemon=True)
         process.start()
         return Command(process, output)

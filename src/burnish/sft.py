@@ -576,7 +576,7 @@ def export_run(run: str, step: int | None = None, out: str | None = None) -> Pat
     except UserError as error:
         raise UserError(
             f"{checkpoint} holds adapters alone, and to add them in, as lora.merge says, takes the model they were "
-            f"trained beside: {error}. Bring that back"
+            f"trained beside: {error}"
         ) from None
     if recipe.model.init or origin.implementation == "transformers":
         whole = Components(opened, folder.path)  # neither draws nor reads one tensor at a time

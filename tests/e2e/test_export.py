@@ -1,8 +1,7 @@
-"""Exports of a checkpoint by the command line: the same bytes as at the end of training, whatever was trained and how."""
+"""Exports by the command line: the bytes of the end of training, whatever was trained, under whatever layout."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import stat
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 from workshop import Workshop
@@ -66,3 +64,64 @@ def test_a_checkpoint_exports_to_the_bytes_of_the_end_of_training(workshop: Work
     assert [name for name in trained if exported[name] != trained[name]] == []
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (workshop.folder / "out").iterdir()}
     assert modes == {stat.S_IMODE((workshop.folder / "recipe.yaml").stat().st_mode)}
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "shards": {"parallel": {"dp_shard": 2}},
+    "tensors": {"parallel": {"tp": 2}, "lora": {**LORA, "merge": True}},
+    "stages": {"parallel": {"pp": 2}},
+    "experts": {"parallel": {"ep": 2}},
+    "transformers": {"parallel": {"dp_shard": 2}, "model": {"implementation": "transformers"}},
+}
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_every_layout_exports_the_same_bytes(workshop: Workshop, layout: str) -> None:
+    config = tiny_config("qwen3_moe") if layout == "experts" else tiny_config("qwen3")
+    write_base(workshop.folder / "base", config)
+    short(workshop, LAYOUTS[layout])
+    workshop.burnish("sft", "recipe.yaml", world=2)
+    workshop.burnish("export", "runs/a", "--out", "out")
+    trained, exported = (contents(workshop.folder / name) for name in ("runs/a/hf/step-2", "out"))
+    assert exported.keys() == trained.keys()
+    assert [name for name in trained if exported[name] != trained[name]] == []
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_of_adapters_saves_them_alone_and_goes_on_beside_its_base(workshop: Workshop, world: int) -> None:
+    write_base(workshop.folder / "base", tiny_config("qwen3"))
+    short(workshop, {"lora": LORA}, train={"steps": 4}, checkpoint={"every": 2, "keep": 9})
+    workshop.burnish("sft", "recipe.yaml", world=world)
+    whole = contents(workshop.folder / "runs/a/hf/step-4")["adapter_model.safetensors"]
+    saved = SavedTensors(checkpoint_folder(workshop.folder / "runs/a/checkpoints", 2))
+    weights = [name for name in saved if name.startswith("model.")]
+    assert weights
+    assert all(".lora_" in name or name.endswith("norm.weight") for name in weights)
+
+    changes = ("checkpoint.step=2", "run.dir=runs/b", "checkpoint.resume=runs/a")
+    workshop.burnish("sft", "recipe.yaml", *changes, world=world)
+    short(
+        workshop, {"lora": LORA}, train={"steps": 4}, checkpoint={"resume": "runs/a", "step": 2}, run={"dir": "runs/b"}
+    )
+    again = contents(workshop.folder / "runs/b/hf/step-4")["adapter_model.safetensors"]
+    assert again == whole
+
+
+def test_merging_needs_the_base_and_says_so_where_it_is_gone(workshop: Workshop) -> None:
+    write_base(workshop.folder / "base", tiny_config("qwen3"))
+    short(workshop, {"lora": LORA})
+    workshop.burnish("sft", "recipe.yaml", "checkpoint.export=never", "lora.merge=true")
+    (workshop.folder / "base").rename(workshop.folder / "elsewhere")
+    said = workshop.burnish("export", "runs/a", status=1)
+    assert "holds adapters alone" in said
+    assert "base is no folder here" in said
+    assert not (workshop.folder / "runs/a/hf").exists()
+
+
+def test_adapters_are_exported_where_their_base_is_gone(workshop: Workshop) -> None:
+    write_base(workshop.folder / "base", tiny_config("qwen3"))
+    short(workshop, {"lora": LORA})
+    workshop.burnish("sft", "recipe.yaml")
+    shutil.rmtree(workshop.folder / "base")
+    workshop.burnish("export", "runs/a", "--step", "1", "--out", "out")
+    assert (workshop.folder / "out" / "adapter_model.safetensors").is_file()
