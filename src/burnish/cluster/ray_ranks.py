@@ -267,6 +267,7 @@ class RayRanks:
         if self._head_gone:
             # Ray would wait for its head, and hold the interpreter meanwhile; its processes here end with this one.
             atexit.unregister(ray.shutdown)
+            atexit.register(_end_without_ray)
             return
 
         def end() -> None:
@@ -319,6 +320,15 @@ def _die_with_parent() -> None:
     """Have Linux kill this process with the one of Ray's that started it, whoever holds the interpreter's lock."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end_without_ray() -> None:
+    """End this process, which failed, before Ray's threads, which nobody stopped, crash the interpreter's end."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or nobody reads it any more
+            stream.flush()
+    os._exit(1)
 
 
 def _failed(answer: Any) -> bool:
