@@ -480,7 +480,7 @@ class ParallelConfig(Section):
     zero: Literal[1, 2, 3] = 3
     """ZeRO's stage (arXiv 1910.02054), what is cut over dp_shard ranks: 1 optimizer, 2 gradients too, 3 weights too."""
     offload: Literal["none", "optimizer", "parameters", "nvme"] = "none"
-    """What lies in the host's memory: the optimizer's states, which are updated there, or every shard of the model too."""
+    """What lies in the host's memory: the optimizer's states, which are updated there, or every shard as well."""
     tp: Positive = 1
     """Tensor-parallel ranks: heads, MLP columns and the vocabulary (arXiv 1909.08053)."""
     sequence_parallel: bool | None = None
