@@ -56,6 +56,7 @@ def connected(config: ClusterConfig, device: str) -> Iterator[None]:
         folder = _own_folder()
     excepthook = sys.excepthook  # before Ray's import, which sets its own
     import ray
+    from ray._private import worker
 
     logger = logging.getLogger("ray")
     level = logger.level
@@ -86,9 +87,11 @@ def connected(config: ClusterConfig, device: str) -> Iterator[None]:
         os.environ.pop(MARK, None)
         logger.setLevel("ERROR")
         sys.excepthook = excepthook  # Ray's tells the head before it shows anything, and waits if that is gone
+        worker._worker_logs_enabled = False  # else the end of its own log is shown of a host that is gone
         yield
     finally:
         ray.shutdown()
+        worker._worker_logs_enabled = True
         logger.setLevel(level)
         os.environ.pop(MARK, None)
         stack.close()
