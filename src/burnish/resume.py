@@ -25,6 +25,7 @@ FREE = (
     "batch.packing",
     "train.recompute",
     "train.recompute_every",
+    "train.offload_activations",
     "train.compile",
     "train.memory_check",
     "train.on_nonfinite",

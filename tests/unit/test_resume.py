@@ -28,7 +28,8 @@ def test_what_alters_results_is_refused_with_the_difference(override: str) -> No
     "override",
     ["run.dir=x", "batch.tokens_per_micro_batch=9", "run.log_every=7", "checkpoint.every=epoch", "evaluate.every=3",
      "run.trackers=[]", "data.workers=0", "data.train.0.path=b.jsonl", "model.path=elsewhere",
-     "data.validation=[{path: v.jsonl}]", "data.cache=c"],
+     "data.validation=[{path: v.jsonl}]", "data.cache=c", "parallel.tp=2", "cluster.devices_per_node=4",
+     "train.recompute_every=2", "train.offload_activations=true", "checkpoint.step=3"],
 )  # fmt: skip
 def test_layout_cadence_trackers_and_paths_may_change(override: str) -> None:
     before, now = altering_keys(make_recipe()), altering_keys(make_recipe(override))

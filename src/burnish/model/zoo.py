@@ -151,6 +151,7 @@ def adopt_model(
     if implementation == "transformers":
         from burnish.model.hf_model import wrap_hf_model
 
+        inner.load_state_dict(exact, strict=False, assign=True)
         wrapped = wrap_hf_model(inner, device=device, compute_dtype=compute_dtype, attention=model.attention)
         return Loaded(wrapped, implementation, reason, wrapped.attention, folder)
     attention = choose_attention(model.attention, device, compute_dtype)
@@ -258,7 +259,7 @@ def build(
 def shallow(config: dict[str, Any], num_layers: int = 2) -> dict[str, Any]:
     """The config of a model like it with so many of its first layers, or all where it has fewer."""
     num_layers = min(num_layers, config["num_hidden_layers"])
-    cut = {key: config[key][:num_layers] for key in ("layer_types",) if config.get(key)}
+    cut = {key: config[key][:num_layers] for key in ("layer_types", "mlp_layer_types") if config.get(key)}
     return {**config, "num_hidden_layers": num_layers, **cut}
 
 

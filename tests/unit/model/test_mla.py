@@ -206,3 +206,9 @@ def test_what_was_read_is_what_the_config_says(tmp_path: Path):
     peer = random_peer(tiny_config("glm4_moe_lite"))
     model = loaded(saved(peer, tmp_path))
     assert model.config == zoo.complete(read_config(tmp_path))
+
+
+def test_a_shallow_model_is_a_cut_of_the_config() -> None:
+    config = tiny_config("glm4_moe_lite", mlp_layer_types=["dense", "sparse", "sparse"], first_k_dense_replace=None)
+    model = zoo.build(zoo.shallow(config), attend_sdpa, dtype=torch.float32, device="meta")
+    assert len(model.blocks()) == 2
