@@ -32,8 +32,8 @@ def open_ranks(
     """The ranks of a run, each with an object `target(place, *args)`; `target` is its class as module:Class.
 
     `device` is cpu or cuda; `logs` the folder of rank-N.log. `fits`, at a restart, says of a number of ranks whether
-    the recipe can be laid out over them, so that a run may go on with fewer. `meet` forms torch's process group, but in
-    a world of one. Raises RecipeError for what `config` cannot mean here, ClusterError for what does not come up.
+    the recipe can be laid out over them, so that a run may go on with fewer. `meet` forms torch's process group. Raises
+    RecipeError for what `config` cannot mean here, ClusterError for what does not come up.
     """
     common: dict[str, Any] = {"device": device, "logs": logs, "log_level": log_level, "meet": meet}
     world = environment_world(os.environ)
@@ -41,7 +41,8 @@ def open_ranks(
         return PeerRanks(config, world, target, args, **common)
     if is_local(config, device):
         os.environ |= {name: str(value) for name, value in config.env.items()}
-        return LocalRanks(target, args, "cpu" if device == "cpu" else f"cuda:{(config.device_mapping or (0,))[0]}")
+        name = "cpu" if device == "cpu" else f"cuda:{(config.device_mapping or (0,))[0]}"
+        return LocalRanks(target, args, name, meet)
     from burnish.cluster.ray_ranks import RayRanks
 
     return RayRanks(config, target, args, fits=fits, **common)

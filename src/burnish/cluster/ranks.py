@@ -138,12 +138,26 @@ def raise_failure(failure: Failure, log: str | None = None) -> None:
 
 
 class LocalRanks:
-    """A world of one, in this process. What its object raises goes through as it is, and nobody watches for a hang."""
+    """A world of one, in this process. What its object raises goes through as it is, and nobody watches for a hang.
+
+    `meet` makes torch's process group of one, which lives until `close`.
+    """
 
     world_size = 1
 
-    def __init__(self, target: str, args: Sequence[Any], device: str) -> None:
-        self._object = resolve_name(target)(Place(0, 1, 0, socket.gethostname(), device), *args)
+    def __init__(self, target: str, args: Sequence[Any], device: str, meet: bool = False) -> None:
+        self._has_met = meet
+        if meet:
+            import torch.distributed as dist
+            from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+
+            backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        try:
+            self._object = resolve_name(target)(Place(0, 1, 0, socket.gethostname(), device), *args)
+        except BaseException:
+            self.close()
+            raise
 
     def call(self, method: str, *args: Any, by_rank: Sequence[Any] | None = None) -> list[Any]:
         own = () if by_rank is None else (by_rank[0],)
@@ -158,10 +172,14 @@ class LocalRanks:
         return done
 
     def close(self) -> None:
-        pass
+        if self._has_met:
+            import torch.distributed as dist
+
+            self._has_met = False
+            dist.destroy_process_group()
 
     def kill(self) -> None:
-        pass
+        self.close()
 
 
 def shared_values(by_rank: Sequence[Any]) -> tuple[list[Any], list[int]]:
