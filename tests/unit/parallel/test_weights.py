@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import native_model, tiny_config
 from torch import nn
@@ -198,3 +199,42 @@ def test_one_process_gathers_without_a_process_group():
     gathered = gather_full(model, torch.float64)
     assert list(gathered) == [name for name, _ in model.named_parameters()]
     assert all(torch.equal(gathered[name], p.double()) for name, p in model.named_parameters())
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+
+def fill_disk_of_rank_0(degrees: Degrees, folder: str) -> str:
+    model = lay_out(native_model(CONFIG, torch.float32), Mesh(degrees, torch.device("cpu")))
+    raised = ""
+    if dist.get_rank() == 0:
+        hf_io.save_file = refuse
+    try:
+        export(model, Path(folder), torch.bfloat16, max_shard_bytes=30_000)
+    except UserError as error:
+        raised = str(error)
+    dist.barrier()  # which ranks that still wait for each other would not reach
+    return raised
+
+
+def test_a_full_disk_in_an_export_is_told_and_leaves_no_rank_behind(tmp_path: Path):
+    first, *others = run_ranks(2, fill_disk_of_rank_0, Degrees(tp=2), str(tmp_path), timeout=30)
+    assert "could not be written (Error while serializing: I/O error: No space left on device)" in first
+    assert others == [""]
+
+
+def gather_corrections() -> dict[str, torch.dtype]:
+    model = zoo.build(tiny_config("glm4_moe_lite"), attend_sdpa, dtype=torch.float32, device="cpu")
+    mesh = Mesh(Degrees(dp_shard=2), torch.device("cpu"))
+    for unit in [*model.blocks(), model]:
+        fully_shard(unit, mesh=mesh.shards)
+    return {name: tensor.dtype for name, tensor in gather_full(model, torch.bfloat16).items()}
+
+
+def test_corrections_of_routers_travel_as_they_are():
+    types, _ = run_ranks(2, gather_corrections)
+    exact = {name for name, dtype in types.items() if dtype == torch.float32}
+    assert len(exact) == 2
+    assert all(name.endswith("e_score_correction_bias") for name in exact)
+    assert set(types.values()) == {torch.float32, torch.bfloat16}
