@@ -21,7 +21,7 @@ from burnish.data.pack import pack
 from burnish.estimate import Layout, Sizes, rank_memory
 from burnish.parallel.degrees import Degrees
 from burnish.parallel.execution import Execution, MeshExecution
-from burnish.parallel.fsdp import shard
+from burnish.parallel.fsdp import Sharding, shard
 from burnish.parallel.mesh import Mesh
 from burnish.parallel.recompute import recompute_blocks
 from burnish.parallel.trace import Micro
@@ -109,8 +109,9 @@ def measure(case: Case) -> tuple[int, int]:
         execution = Execution(model, compute, CPU)
     else:
         mesh = Mesh(Degrees(dp_shard=case.world), CPU)
-        sharding = shard(model, mesh, recipe.parallel.zero, compute=compute, reduce=reduce)
-        execution = MeshExecution(model, compute, CPU, mesh, sharding)
+        modules = shard(model, mesh, recipe.parallel.zero, compute=compute, reduce=reduce)
+        sharding = Sharding(modules, recipe.parallel.zero)
+        execution = MeshExecution(model, compute, CPU, mesh, sharding, model)
     trainer = LocalTrainer(execution, CrossEntropy(), recipe.optim, 10, recipe.precision.states, reduce=reduce)
     inputs = step_input(case)
     mine = replace(inputs, batches=[inputs.batches[dist.get_rank() if case.world > 1 else 0]])
@@ -129,7 +130,7 @@ def measure(case: Case) -> tuple[int, int]:
         trainer.zero_grad()
     held = [t for value in trainer.tensors().values() for t in tensors_of(value)]
     forward_backward = peak_of(accumulate, held)
-    shards = trainer._with_gradients()
+    shards = trainer.parameters
     gradients = [s.grad for s in shards.values() if s.grad is not None]
     step = peak_of(lambda _: trainer.optimizer.step(1e-3, torch.tensor(True)), held + gradients)
     return forward_backward, step
