@@ -121,7 +121,7 @@ class Training:
         lines = file.read_text().splitlines() if file.exists() else []
         return [line for line in map(json.loads, filter(lambda text: text.endswith("}"), lines)) if "loss" in line]
 
-    def until(self, what: Callable[[], Any], seconds: float = 90.0) -> None:
+    def until(self, what: Callable[[], Any], seconds: float = 180.0) -> None:
         """Wait for it, while the run lives."""
         deadline = time.monotonic() + seconds
         while not what():
@@ -135,7 +135,7 @@ class Training:
     def until_saved(self) -> None:
         self.until((self.run / "checkpoints" / "latest_checkpointed_iteration.txt").exists)
 
-    def end(self, seconds: float = 120.0) -> int:
+    def end(self, seconds: float = 240.0) -> int:
         """Its exit status, once it has come to its end by itself and nothing is left of it within 30 s."""
         status = self.process.wait(seconds)
         assert not await_end(self.processes), "processes outlive the run"

@@ -1,0 +1,257 @@
+"""What becomes of a training run when something fails, tried for real: processes killed, stopped, out of disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hosts import Hosts, Training, await_end
+from workshop import Workshop
+
+TWO = "cluster.devices_per_node=2"
+
+
+@pytest.fixture
+def shop(workshop: Workshop) -> Workshop:
+    """A run that lasts until a fault ends it, saved every fifth step."""
+    workshop.recipe(
+        train={"steps": 1000},
+        evaluate={"every": 1000, "at_start": False},
+        checkpoint={"every": 5, "export": "never"},
+        run={"trackers": []},
+    )
+    return workshop
+
+
+@pytest.fixture
+def timed() -> Callable[[Training, str], int]:
+    """Ends a run and prints, for the table of docs/cluster.md: status, seconds to the driver's end and to the last."""
+
+    def end(training: Training, what: str) -> int:
+        begun = time.monotonic()
+        status = training.process.wait(240)
+        driver = time.monotonic() - begun
+        left = await_end(training.processes)
+        last = time.monotonic() - begun
+        said = "\n    ".join(training.output.splitlines()[-12:])
+        print(f"{what}: status {status}, driver gone {driver:.1f} s, last process {last:.1f} s, said\n    {said}")
+        assert not left, "processes outlive the run"
+        return status
+
+    return end
+
+
+def same_losses(training: Training, other: Training, exact: bool = True) -> None:
+    found, expected = ({line["step"]: line["loss"] for line in run.steps} for run in (training, other))
+    assert found.keys() == expected.keys()
+    assert found == (expected if exact else pytest.approx(expected, rel=1e-5))
+
+
+def test_a_killed_worker_ends_the_run(shop: Workshop, timed) -> None:
+    with Training(shop.folder, "runs/a", TWO) as run:
+        run.until_step(3)
+        os.kill(run.ranks[1], signal.SIGKILL)
+        assert timed(run, "kill -9 of a worker") == 1
+        assert f"rank 1 on 127.0.0.1 (pid {run.ranks[1]}) was lost in step_packs" in run.output
+        assert "Traceback" not in run.output
+
+
+@pytest.mark.slow
+def test_a_killed_worker_with_restarts_changes_no_bit(shop: Workshop, timed) -> None:
+    with Training(shop.folder, "runs/whole", TWO, "train.steps=20") as whole:
+        assert whole.end() == 0
+    with Training(shop.folder, "runs/again", TWO, "train.steps=20", "cluster.max_restarts=1") as again:
+        again.until_step(7)
+        os.kill(again.ranks[1], signal.SIGKILL)
+        assert timed(again, "kill -9 of a worker, max_restarts=1") == 0
+        assert "restart 1 of 1, from the last checkpoint" in again.output
+    same_losses(again, whole)
+
+
+def test_nothing_outlives_a_killed_driver_and_the_run_goes_on_from_its_checkpoint(shop: Workshop, timed) -> None:
+    with Training(shop.folder, "runs/a", TWO) as run:
+        run.until_step(7)
+        run.until_saved()
+        assert len(run.processes) > 5  # the driver, two ranks, a worker, and Ray's own
+        run.process.kill()
+        timed(run, "kill -9 of the driver")
+    with Training(shop.folder, "runs/a", TWO) as run:
+        run.until(lambda: "going on from" in run.output)
+        run.until_step(8)
+        run.process.send_signal(signal.SIGTERM)
+        assert timed(run, "SIGTERM") == 128 + signal.SIGTERM
+        assert "SIGTERM: saved step" in run.output
+    latest = int((run.run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    assert latest == run.steps[-1]["step"]
+
+
+@pytest.mark.slow
+def test_a_step_that_outlasts_the_grace_period_is_cut_off(shop: Workshop, timed) -> None:
+    with Training(shop.folder, "runs/a", TWO, "cluster.grace=3") as run:
+        run.until_step(7)
+        run.until_saved()
+        os.kill(run.ranks[1], signal.SIGSTOP)
+        run.process.send_signal(signal.SIGTERM)
+        assert timed(run, "SIGTERM, not done within grace=3") == 128 + signal.SIGTERM
+        assert "not finished within cluster.grace=3 s" in run.output
+
+
+@pytest.mark.slow
+def test_a_worker_that_stands_still_is_told_of_with_the_stacks_of_the_others(shop: Workshop, timed) -> None:
+    with Training(shop.folder, "runs/a", TWO, "cluster.timeout=15") as run:
+        run.until_step(7)
+        os.kill(run.ranks[1], signal.SIGSTOP)
+        assert timed(run, "SIGSTOP of a worker, timeout=15") == 1
+        assert "hangs: no answer within cluster.timeout=15 s from ranks 0, 1 of 2" in run.output
+        assert "no word, not even from a thread of its own" in run.output
+    assert "Thread 0x" in (run.run / "logs" / "rank-0.log").read_text()
+
+
+HANG = """
+import signal, time
+def stand_still(*_):
+    time.sleep(1e6)
+signal.signal(signal.SIGUSR1, stand_still)
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_shows_where_and_so_do_its_peers_in_a_collective(shop: Workshop, timed) -> None:
+    (shop.folder / "hang").mkdir()
+    (shop.folder / "hang" / "sitecustomize.py").write_text(HANG)
+    path = ":".join(filter(None, [str(shop.folder / "hang"), os.environ.get("PYTHONPATH")]))
+    env = f"cluster.env={{PYTHONPATH: '{path}'}}"
+    with Training(shop.folder, "runs/a", TWO, "cluster.timeout=15", env) as run:
+        run.until_step(7)
+        os.kill(run.ranks[1], signal.SIGUSR1)
+        assert timed(run, "a worker that hangs, timeout=15") == 1
+        assert "stand_still" in run.output
+        assert "Traceback" not in run.output
+    logs = [(run.run / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1)]
+    assert all("Thread 0x" in log for log in logs)
+    assert "stand_still" in logs[1]
+
+
+@pytest.mark.slow
+def test_a_head_that_is_killed_ends_the_run(shop: Workshop, timed) -> None:
+    with Training(shop.folder, "runs/a", TWO) as run:
+        run.until_step(7)
+        heads = [pid for pid in run.processes if b"gcs_server" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(heads) == 1
+        os.kill(heads[0], signal.SIGKILL)
+        assert timed(run, "kill -9 of the head") == 1
+        assert "the head of the Ray cluster" in run.output
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A file system of `size` at `folder`. Skips the test where none may be mounted."""
+    folder.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("mounting a small disk takes root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_and_leaves_the_save_before_it(shop: Workshop, timed) -> None:
+    checkpoints = shop.folder / "runs" / "a" / "checkpoints"
+    with small_disk(checkpoints, "1m"), Training(shop.folder, "runs/a", TWO) as run:
+        assert timed(run, "disk full during a save") == 1
+        assert "No space left on device" in run.output
+        assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == "5"
+        assert [path.name for path in checkpoints.glob("iter_*")] == ["iter_0000005"]
+        with Training(shop.folder, "runs/a", TWO, "checkpoint.every=500") as again:
+            again.until(lambda: "going on from" in again.output)
+            again.until_step(7)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_found_and_the_one_before_it_is_used(shop: Workshop, timed) -> None:
+    with Training(shop.folder, "runs/a", TWO) as run:
+        run.until_step(12)
+        run.process.send_signal(signal.SIGTERM)
+        run.end()
+    newest, before = sorted((run.run / "checkpoints").glob("iter_*"))[:-3:-1]
+    file = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with Training(shop.folder, "runs/a", TWO) as run:
+        step = int(before.name.removeprefix("iter_"))
+        run.until_step(step + 2)
+        assert f"{newest.name} cannot be used: {file.name} does not have the content that was written" in run.output
+        assert f"going on from runs/a/checkpoints/{before.name}" in run.output.replace(f"{shop.folder}/", "")
+        run.process.send_signal(signal.SIGTERM)
+        assert timed(run, "a corrupted checkpoint") == 128 + signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_a_second_run_in_the_same_folder_is_refused(shop: Workshop, timed) -> None:
+    with Training(shop.folder, "runs/a", TWO) as first:
+        first.until_step(1)
+        with Training(shop.folder, "runs/a", TWO) as second:
+            assert timed(second, "two runs in one folder") == 1
+            assert f"is in use by process {first.process.pid}" in second.output
+        step = first.steps[-1]["step"]
+        first.until_step(step + 3)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_over_fewer_ranks(shop: Workshop, timed) -> None:
+    with Training(shop.folder, "runs/alone", "train.steps=20") as alone:
+        assert alone.end() == 0
+    with Training(shop.folder, "runs/a", TWO, "train.steps=20") as run:
+        run.until_step(11)
+        run.process.kill()
+        run.process.wait()
+    with Training(shop.folder, "runs/a", "train.steps=20") as run:
+        assert timed(run, "started again on one rank") == 0
+        assert "going on from" in run.output
+    same_losses(run, alone, exact=False)
+
+
+@pytest.mark.slow
+def test_hosts_come_late_and_go(shop: Workshop, timed) -> None:
+    with contextlib.closing(Hosts(1, apart=True)) as hosts:
+        keys = [f"cluster.address={hosts.address}", "cluster.num_nodes=2", "cluster.devices_per_node=1"]
+        keys += ["cluster.wait=90", "cluster.restart_wait=1", "checkpoint.every=5"]
+        with Training(shop.folder, "runs/lost", *keys) as run:
+            run.until(lambda: "waiting for hosts: 1 of 2 are up" in run.output)
+            late = hosts.add()
+            run.until_step(7)
+            assert "placement: 2 ranks on 2 hosts" in run.output
+            os.kill(late.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+            assert timed(run, "kill -9 of a raylet") == 1
+            assert "rank 1 on 127.0.0.2" in run.output
+            assert "(raylet)" not in run.output
+        second = hosts.add()
+        with Training(shop.folder, "runs/less", *keys, "cluster.max_restarts=1", "train.steps=40") as run:
+            run.until_step(7)
+            os.kill(second.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+            assert timed(run, "kill -9 of a raylet, max_restarts=1") == 0
+            assert "1 of 2 hosts are left: going on with 1 ranks" in run.output
+        assert [line["step"] for line in run.steps] == list(range(1, 41))
+    with Training(shop.folder, "runs/alone", "train.steps=40") as alone:
+        assert alone.end() == 0
+    same_losses(run, alone, exact=False)
+
+
+@pytest.mark.slow
+def test_the_head_of_a_cluster_of_hosts_is_killed(shop: Workshop, timed) -> None:
+    with contextlib.closing(Hosts(2, apart=True)) as hosts:
+        keys = [f"cluster.address={hosts.address}", "cluster.num_nodes=2", "cluster.devices_per_node=1"]
+        with Training(shop.folder, "runs/a", *keys) as run:
+            run.until_step(7)
+            os.kill(hosts.cluster.head_node.all_processes["gcs_server"][0].process.pid, signal.SIGKILL)
+            assert timed(run, "kill -9 of the head of two hosts") == 1
+            assert "the head of the Ray cluster" in run.output
