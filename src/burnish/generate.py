@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from burnish.files import read_object
 from burnish.model.base import CausalLM, saved_buffers
 from burnish.model.hf_io import find_folder
 from burnish.model.hf_model import HFModel, config_of, read_inner
-from burnish.model.lora import put_adapters_like
+from burnish.model.lora import put_adapters_like, settings_of
 from burnish.types import UserError
 
 Turn = dict[str, Any]
@@ -45,7 +45,8 @@ def as_hf_model(model: CausalLM, weights: Mapping[str, Tensor] | None = None) ->
     weights = weights or dict(model.named_parameters()) | saved_buffers(model)
     weights = {name: _as_held(model, name, tensor.detach()) for name, tensor in weights.items()}
     example = next(iter(weights.values()))
-    config = model.inner.config if isinstance(model, HFModel) else config_of(model.config)
+    # A copy, for the next forward of an HFModel takes another attention, which its config holds.
+    config = deepcopy(model.for_generation().config) if isinstance(model, HFModel) else config_of(model.config)
     # Undocumented, here since transformers 5.0; on the meta device the buffers would be left without values, too.
     with no_init_weights():
         inner = AutoModelForCausalLM.from_config(config, dtype=example.dtype)
@@ -179,9 +180,7 @@ def _read_adapted(folder: Path) -> PreTrainedModel:
     """The model that a folder of adapters belongs to, with the adapters added in."""
     from peft import PeftModel
 
-    base = read_object(folder / "adapter_config.json", "correct it").get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"{folder} names no base_model_name_or_path in adapter_config.json; add it")
+    base, _ = settings_of(folder)
     adapted: Any = PeftModel.from_pretrained(read_inner(find_folder(base), dtype="auto"), str(folder))
     return adapted.merge_and_unload()
 

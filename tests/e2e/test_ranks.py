@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import pytest
-from workshop import Workshop, weights
+import torch
+from tiny import tiny_config
+from workshop import Workshop, wait_for_step, weights
 
 FULL = {"checkpoint": {"every": None, "export_dtype": "fp32"}, "run": {"dir": "runs/a", "trackers": []}}
 """Sections of a recipe whose exports tell runs apart to the last digit."""
@@ -55,3 +61,93 @@ def test_processes_that_a_launcher_started_are_the_ranks(workshop: Workshop, lau
     assert all(output == "" for output in outputs[1:])
     assert (workshop.folder / "runs/b/logs/rank-1.log").is_file()
     assert_alike(workshop, "runs/b", "runs/a")
+
+
+LAYOUTS = {
+    "dp_shard": (2, "dense", {}),
+    "tp": (2, "dense", {"tp": 2}),
+    "cp": (2, "dense", {"cp": 2}),
+    "pp": (2, "dense", {"pp": 2}),
+    "ep": (2, "moe", {"ep": 2}),
+    "zero 1": (2, "dense", {"zero": 1}),
+    "offloaded": (2, "dense", {"zero": 1, "offload": "parameters"}),
+    "offloaded alone": (1, "dense", {"offload": "parameters"}),
+    "adapters": (2, "lora", {"tp": 2}),
+    "adapters over dp": (2, "lora", {}),
+    "transformers": (2, "transformers", {}),
+    "pp x tp": (4, "dense", {"pp": 2, "tp": 2}),
+    "cp x dp": (4, "dense", {"cp": 2, "cp_kind": "all_to_all"}),
+}
+OFTEN = {"tp", "pp", "ep", "offloaded alone", "transformers"}
+"""Run every day."""
+
+
+def sections_of(kind: str) -> dict[str, Any]:
+    """A recipe of four steps for a kind of model, with an evaluation that answers."""
+    sections: dict[str, Any] = {
+        **FULL,
+        "train": {"steps": 4},
+        "evaluate": {"every": 2, "prompts": ["3 and 4"], "max_new_tokens": 4},
+    }
+    if kind == "moe":
+        sections["model"] = {"init": "moe.json"}
+    elif kind == "lora":
+        sections["lora"] = {"rank": 4, "merge": True}
+    elif kind == "transformers":
+        sections["model"] = {"implementation": "transformers"}
+    return sections
+
+
+def add_models(workshop: Workshop) -> None:
+    (workshop.folder / "moe.json").write_text(json.dumps(tiny_config("qwen3_moe")))
+
+
+@pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS])
+def test_a_layout_trains_answers_and_exports_as_one_process(workshop: Workshop, name: str) -> None:
+    world, kind, parallel = LAYOUTS[name]
+    add_models(workshop)
+    recipe = str(workshop.recipe(**sections_of(kind)))
+    written = [f"parallel.{key}={value}" for key, value in parallel.items()]
+    workshop.burnish("sft", recipe)
+    workshop.burnish("sft", recipe, "run.dir=runs/b", *written, world=world)
+    assert_alike(workshop, "runs/b", "runs/a")
+    answers = [(workshop.folder / run / "generations.jsonl").read_text() for run in ("runs/a", "runs/b")]
+    assert answers[0] == answers[1]
+    assert answers[0].count("\n") == 3
+    from transformers import AutoModelForCausalLM
+
+    exported = AutoModelForCausalLM.from_pretrained(workshop.folder / "runs/b/hf/step-4", dtype="auto")
+    assert {p.dtype for p in exported.parameters()} == {torch.float32}
+
+
+def test_interrupted_runs_go_on_under_another_layout(workshop: Workshop) -> None:
+    """Two ranks, then two that are laid out otherwise, then one process: no row twice, none skipped."""
+    sections = {"train": {"epochs": 4}, "evaluate": {"every": None}, "optim": {"lr": 1e-3}}
+    recipe = str(workshop.recipe(**{**FULL, **sections}))
+    workshop.burnish("sft", recipe)
+    run = workshop.folder / "runs/b"
+    for step, layout in ((3, ["parallel.tp=2"]), (10, ["parallel.dp_shard=2"])):
+        ranks = workshop.start_ranks(2, "sft", recipe, "run.dir=runs/b", *layout)
+        wait_for_step(run, step, ranks[0])
+        ranks[0].send(signal.SIGINT)
+        status, output = ranks[0].wait()
+        assert status == 130, output
+        assert [rank.wait(30) for rank in ranks[1:]] == [(0, "")]
+        saved = int((run / "checkpoints/latest_checkpointed_iteration.txt").read_text())
+        assert saved == workshop.metrics("runs/b")[-1]["step"] < 48
+    workshop.burnish("sft", recipe, "run.dir=runs/b")
+    assert [line["step"] for line in workshop.metrics("runs/b") if "loss" in line] == list(range(1, 49))
+    assert_alike(workshop, "runs/b", "runs/a")
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_under_its_own_layout_is_the_same_to_the_bit(workshop: Workshop) -> None:
+    recipe = str(workshop.recipe(**{**FULL, "checkpoint": {"every": 4, "keep": None, "export_dtype": "fp32"}}))
+    layout = ["parallel.tp=2"]
+    workshop.burnish("sft", recipe, *layout, world=2)
+    shutil.copytree(workshop.folder / "runs/a", workshop.folder / "runs/b")
+    (workshop.folder / "runs/b/summary.json").unlink()
+    workshop.burnish("sft", recipe, *layout, "run.dir=runs/b", "checkpoint.step=8", world=2)
+    files = [workshop.folder / run / "hf/step-12/model.safetensors" for run in ("runs/a", "runs/b")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert losses(workshop, "runs/a") == losses(workshop, "runs/b")
