@@ -27,6 +27,7 @@ from burnish.evaluate import evaluate
 from burnish.export import Card, SavedWeights, write_export
 from burnish.length import RunLength, needs_every_row, run_length
 from burnish.loop import fit
+from burnish.model.lora import settings_of
 from burnish.model.vocabulary import stop_ids
 from burnish.model.zoo import locate
 from burnish.observe.console import Console, logging_to
@@ -525,7 +526,8 @@ def _all_trained(length: int, number: int, vocab_size: int) -> Sample:
 
 
 def evaluate_folder(model: str, data: str, overrides: Sequence[str] = ()) -> dict[str, float]:
-    """Held-out loss, perplexity and accuracy of a Hugging Face folder or hub id on the rows of `data`.
+    """Held-out loss, perplexity and accuracy on the rows of `data`: of a Hugging Face folder or hub id, or of a folder
+    of adapters beside the base that it names.
 
     Overrides without a dot are keys of the source (`prompt_key=question`), others keys of a recipe.
     """
@@ -535,8 +537,13 @@ def evaluate_folder(model: str, data: str, overrides: Sequence[str] = ()) -> dic
         raise UserError(f"{model} is a run folder, not a model; {remedy}")
     is_recipe_key = {override: "." in override.partition("=")[0] for override in overrides}
     keys = [override if dotted else f"data.validation.0.{override}" for override, dotted in is_recipe_key.items()]
+    named: dict[str, Any] = {"model": {"path": model}}
+    if (Path(model) / "adapter_config.json").is_file():
+        base, lora = settings_of(Path(model))
+        tokenizer = model if (Path(model) / "tokenizer_config.json").is_file() else None
+        named = {"model": {"path": base, "tokenizer": tokenizer}, "lora": lora}
     tree = {
-        "model": {"path": model},
+        **named,
         "data": {"validation": [{"path": data}], "date": date.today().isoformat()},
         "precision": {"compute": "fp32"},
     }

@@ -125,3 +125,27 @@ def test_adapters_are_exported_where_their_base_is_gone(workshop: Workshop) -> N
     shutil.rmtree(workshop.folder / "base")
     workshop.burnish("export", "runs/a", "--step", "1", "--out", "out")
     assert (workshop.folder / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_a_folder_of_adapters_answers_and_is_evaluated_as_the_merged_model(workshop: Workshop) -> None:
+    write_base(workshop.folder / "base", tiny_config("qwen3"))
+    short(workshop, {"lora": {**LORA, "kind": "dora"}}, checkpoint={"export_dtype": "fp32"}, optim={"lr": 0.1})
+    workshop.burnish("sft", "recipe.yaml")
+    workshop.burnish("sft", "recipe.yaml", "lora.merge=true", "run.dir=runs/b")
+    adapters, merged = "runs/a/hf/step-2", "runs/b/hf/step-2"
+    assert (workshop.folder / adapters / "adapter_config.json").is_file()
+    assert (workshop.folder / merged / "config.json").is_file()
+    for command in (("evaluate", "held.jsonl"), ("generate", "3 and 4")):
+        # The first line: an answer, or the loss; the perplexity shows the sums' last digits.
+        answers = [
+            workshop.burnish(command[0], folder, command[1]).splitlines()[0] for folder in (adapters, merged, "base")
+        ]
+        assert answers[0] == answers[1]
+        assert answers[0] != answers[2]
+
+
+def test_adapters_as_a_model_to_train_are_refused_with_what_to_set(workshop: Workshop) -> None:
+    (workshop.folder / "base").mkdir()
+    (workshop.folder / "base" / "adapter_config.json").write_text("{}")
+    short(workshop, {})
+    assert "base holds adapters and no model; set model.path" in workshop.burnish("sft", "recipe.yaml", status=1)

@@ -70,6 +70,8 @@ def find_folder(path: str, revision: str = "main", with_code: bool = False) -> P
 def read_config(path: Path) -> dict[str, Any]:
     """The config.json at `path`: the file or the folder around it. Raises UserError where it is no JSON object."""
     file = path / "config.json" if path.is_dir() else path
+    if not file.is_file() and (path / "adapter_config.json").is_file():
+        raise UserError(f"{path} holds adapters and no model; set model.path to their base, and lora.path={path}")
     if not file.is_file():
         raise UserError(f"{file} does not exist; give the config.json of a model, or the folder that holds it")
     return read_object(file, "correct it")

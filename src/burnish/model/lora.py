@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 NAME = "default"
 """What peft calls the adapter."""
-FILE = "adapter_model.safetensors"
+FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ROUTERS = ("gate",)
 """Linear layers that choose experts: all-linear leaves them alone."""
 
@@ -223,9 +223,9 @@ def read_adapter(
     the adapter is another than `lora` describes.
     """
     folder = find_folder(path)
-    file = folder / "adapter_config.json"
+    file = folder / CONFIG
     if not file.is_file():
-        raise UserError(f"lora.path={path} has no adapter_config.json; give the folder of an adapter in peft's format")
+        raise UserError(f"lora.path={path} has no {CONFIG}; give the folder of an adapter in peft's format")
     _check_config(path, read_object(file, "correct it"), lora)
     parameters = trained(model)
     expected = expected or {name: parameter.shape for name, parameter in parameters.items()}
@@ -240,6 +240,26 @@ def read_adapter(
         remedy="set lora.targets and lora.modules_to_save to what it adapts",
     )
     read_tensors(stored, {stored_name(name): parameter for name, parameter in parameters.items()}, part_of)
+
+
+def settings_of(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The base that an adapter in peft's format belongs to, and the keys of a recipe's `lora` that go on from it.
+
+    Raises UserError where it names no base.
+    """
+    found = read_object(folder / CONFIG, "correct it")
+    if not found.get("base_model_name_or_path"):
+        raise UserError(f"{folder} names no base_model_name_or_path in {CONFIG}; add it")
+    targets = found.get("target_modules") or ()
+    return found["base_model_name_or_path"], {
+        "path": str(folder),
+        "rank": found.get("r"),
+        "alpha": found.get("lora_alpha"),
+        "rslora": found.get("use_rslora", False),
+        "kind": "dora" if found.get("use_dora") else "lora",
+        "targets": [targets] if isinstance(targets, str) else list(targets),
+        "modules_to_save": list(found.get("modules_to_save") or ()),
+    }
 
 
 def _check_config(path: str, found: Mapping[str, Any], lora: LoraConfig) -> None:
@@ -258,7 +278,7 @@ def _check_config(path: str, found: Mapping[str, Any], lora: LoraConfig) -> None
         (key for key in ("rank_pattern", "alpha_pattern", "lora_bias", "target_parameters") if found.get(key)), None
     )
     if special is not None:
-        raise UserError(f"lora.path={path} has {special} in its adapter_config.json, which is not trained here")
+        raise UserError(f"lora.path={path} has {special} in its {CONFIG}, which is not trained here")
 
 
 def stored_name(name: str) -> str:
