@@ -3,8 +3,8 @@
     python bench/checkpoint.py [--values 100000000] [--ranks 1 2] [--folder DIR] [--quick]
 
 The state is `--values` fp32 weights with two moments each, 12 bytes a value, sharded over ranks that are processes of
-this machine. Each way runs in processes of its own. The stall is the time until `save` returns, the first of which also
-allocates the copies; memory is the peak of all ranks above the state, as a share of it, file cache aside. Writing is to
+this machine. Each way runs in processes of its own. The stall is the time until `save` returns; `prepare` allocates the
+copies before the first step. Memory is the peak of all ranks above the state, as a share of it, file cache aside. Writing is to
 `--folder`, which is emptied, and includes the wait for the disk; reading is of files that are still in the cache.
 """
 
@@ -66,6 +66,7 @@ def measure(way: str, values: int, rank: int, world: int, folder: str) -> dict[s
         found["disk"] = sum(file.stat().st_size for file in checkpoint_folder(root, 1).iterdir())
     else:
         checkpointer = Checkpointer()
+        found["prepare"] = timed(checkpointer.prepare, tensors)
         for step, stall in ((1, "first stall"), (2, "stall")):
             dist.barrier()
             start = time.perf_counter()
@@ -94,14 +95,33 @@ def main() -> None:
         return
 
     values = 8_000_000 if options.quick else options.values
-    titles = ("state", "on disk", "sync save", "first stall", "stall", "of sync", "behind", "load", "unchecked")
+    titles = (
+        "state",
+        "on disk",
+        "sync save",
+        "prepare",
+        "first stall",
+        "stall",
+        "of sync",
+        "behind",
+        "load",
+        "unchecked",
+    )
     print(f"{'ranks':>5}", *(f"{title:>11}" for title in titles), f"{'memory: sync':>13} {'behind':>7}", flush=True)
     for world in options.ranks:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             sync, behind = (_ranks(way, values, world, folder) for way in ("sync", "async"))
-        seconds = [sync["save"], behind["first stall"], behind["stall"], behind["save"], sync["load"], sync["read"]]
+        seconds = [
+            sync["save"],
+            behind["prepare"],
+            behind["first stall"],
+            behind["stall"],
+            behind["save"],
+            sync["load"],
+            sync["read"],
+        ]
         cells = [f"{seconds:>9.2f} s" for seconds in seconds]
-        cells.insert(3, f"{100 * behind['stall'] / sync['save']:>9.1f} %")
+        cells.insert(4, f"{100 * behind['stall'] / sync['save']:>9.1f} %")
         sizes = [f"{num_bytes / 2**20:>7.0f} MiB" for num_bytes in (sync["state"], sync["disk"])]
         memory = f"{sync['peak'] / sync['state']:>13.2f} {behind['peak'] / behind['state']:>7.2f}"
         print(f"{world:>5}", *sizes, *cells, memory, flush=True)
