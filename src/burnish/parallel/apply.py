@@ -103,6 +103,7 @@ class Parallelism:
             modules += self._shard(model, precision)
             stages[part] = model
         _adapt(whole, lora, precision)
+        freeze(whole)
         vocabulary = tp.VocabularyParallel(mesh.axis("tp"), self.sequence_parallel) if mesh.degrees.tp > 1 else None
         execution = MeshExecution(
             next(iter(stages.values())),

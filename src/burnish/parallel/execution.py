@@ -47,6 +47,10 @@ class Execution:
         """The parameters on this rank, each of which it updates, by name."""
         return dict(self.model.named_parameters())
 
+    def trained_names(self) -> list[str]:
+        """The names of the parameters that are trained on any rank."""
+        return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the model on this rank, by name: parameters, but not those of a base that only
         adapters are trained beside, and persistent buffers."""
@@ -173,6 +177,9 @@ class MeshExecution(Execution):
     @property
     def storage(self) -> torch.device:
         return torch.device("cpu") if self.sharding.is_offloaded else self.device
+
+    def trained_names(self) -> list[str]:
+        return [name for name, parameter in self.whole.named_parameters() if parameter.requires_grad]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return super().parameters() if self.pipeline is None else own_parameters(self.pipeline.stages)

@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -122,7 +122,12 @@ class Optimizer(ABC):
 
 
 def build_optimizer(
-    named_parameters: Mapping[str, Parameter], config: OptimConfig, states: States, seed: int, on_host: bool = False
+    named_parameters: Mapping[str, Parameter],
+    config: OptimConfig,
+    states: States,
+    seed: int,
+    on_host: bool = False,
+    all_names: Collection[str] | None = None,
 ) -> Optimizer:
     """The optimizer of all parameters that require a gradient, on one device.
 
@@ -133,14 +138,17 @@ def build_optimizer(
     bf16 weights too (`precision.master: bf16`), whose updates would mostly round away otherwise. `on_host` updates on
     the host, in whose memory the states lie, and copies of weights and gradients beside them.
 
+    `all_names` are those of all ranks' trained parameters, where these are a part of them or none.
     Raises UserError where nothing is left to train or a pattern of `optim.no_decay` matches nothing.
     """
     trained = {name: parameter for name, parameter in named_parameters.items() if parameter.requires_grad}
-    if not trained:
+    if not (all_names or trained):
         raise UserError("model.freeze freezes every parameter, so there is nothing to train; narrow its patterns")
+    decays = weight_decays(trained, config, all_names)
+    if not trained:
+        return NarrowSgd({}, {}, seed)  # torch's optimizers refuse to have nothing to do
     if on_host:
-        return HostOptimizer(trained, lambda copies: build_optimizer(copies, config, states, seed))
-    decays = weight_decays(trained, config)
+        return HostOptimizer(trained, lambda copies: build_optimizer(copies, config, states, seed, all_names=all_names))
     dtypes = {parameter.dtype for parameter in trained.values()}
     wide = dtypes <= {torch.float32, torch.float64}
     if config.name == "sgd":
@@ -150,18 +158,21 @@ def build_optimizer(
     return NarrowAdamW(trained, decays, config, states, seed)
 
 
-def weight_decays(parameters: Mapping[str, Tensor], config: OptimConfig) -> dict[str, float]:
+def weight_decays(
+    parameters: Mapping[str, Tensor], config: OptimConfig, all_names: Collection[str] | None = None
+) -> dict[str, float]:
     """Each parameter's weight decay: 0 where `optim.no_decay` matches its name or, without that, below two dimensions.
 
-    Raises UserError for a pattern that matches no name.
+    Raises UserError for a pattern that matches none of `all_names`, by default those of `parameters`.
     """
     if config.no_decay is None:
         return {name: config.weight_decay if tensor.dim() >= 2 else 0.0 for name, tensor in parameters.items()}
+    names = list(parameters) if all_names is None else all_names
     exempt: set[str] = set()
     for pattern in config.no_decay:
-        matched = fnmatch.filter(parameters, pattern)
+        matched = fnmatch.filter(names, pattern)
         if not matched:
-            near = difflib.get_close_matches(pattern, parameters, 3, 0.0)
+            near = difflib.get_close_matches(pattern, names, 3, 0.0)
             raise UserError(
                 f"optim.no_decay pattern {pattern!r} matches no trained parameter; near it are {', '.join(near)}. "
                 "Mend the pattern, or set optim.no_decay to null to exempt all with fewer than two dimensions"

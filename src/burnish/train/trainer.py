@@ -87,7 +87,12 @@ class LocalTrainer:
                 # Gradients of bf16 masters are added up in more than bf16's eight bits.
                 parameter.grad_dtype = torch.promote_types(parameter.dtype, self.reduce)
         self.optimizer = build_optimizer(
-            self.parameters, self.optim, self.states, self.seed, on_host=self.updates_on_host
+            self.parameters,
+            self.optim,
+            self.states,
+            self.seed,
+            on_host=self.updates_on_host,
+            all_names=self.execution.trained_names(),
         )
         self._checkpointer = Checkpointer()
         self._routers = self.execution.routers()
