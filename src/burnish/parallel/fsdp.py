@@ -64,7 +64,7 @@ def shard(
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
     offload_policy = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
     wrap = partial(fully_shard, mp_policy=policy, offload_policy=offload_policy)
-    if mesh.degrees.ep * mesh.degrees.etp > 1:
+    if mesh.degrees.ep * mesh.degrees.etp * mesh.degrees.tp > 1:  # with tp alone its ranks share whole experts
         for experts in (module for module in model.modules() if isinstance(module, Experts)):
             wrap(experts, mesh=mesh.expert_shards, reshard_after_forward=zero == 3)
     for block in model.blocks():
