@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 from workshop import Workshop, wait_for_step, weights
 
@@ -151,3 +152,72 @@ def test_a_run_that_goes_on_under_its_own_layout_is_the_same_to_the_bit(workshop
     files = [workshop.folder / run / "hf/step-12/model.safetensors" for run in ("runs/a", "runs/b")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert losses(workshop, "runs/a") == losses(workshop, "runs/b")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["parallel.tp=2"], "tp=2 x pp=1 = 2 does not divide the 1 ranks"),
+        (["cluster.devices_per_node=4", "parallel.tp=4"], "parallel.tp=4 does not divide num_key_value_heads=2"),
+        (
+            ["cluster.devices_per_node=2", "parallel.cp=2", "model.implementation=transformers"],
+            "parallel.cp=2 cuts modules of our own",
+        ),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused_before_rows_are_read(
+    workshop: Workshop, keys: list[str], message: str
+) -> None:
+    recipe = str(workshop.recipe(**FULL, data={"prepare": "first"}))
+    output = workshop.burnish("sft", recipe, *keys, status=2)
+    assert message in output
+    assert "preparing" not in output
+    assert not (workshop.folder / "runs/a/prepared").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_is_told_and_ends_the_others(workshop: Workshop) -> None:
+    """A weight that is missing from the checkpoint is found by ranks alone."""
+    recipe = str(workshop.recipe(**FULL, train={"steps": 1}))
+    workshop.burnish("sft", recipe)
+    folder = workshop.folder / "runs/a/hf/step-1"
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    keys = ["model.init=null", "model.path=runs/a/hf/step-1", "model.tokenizer=tokenizer", "run.dir=runs/b"]
+    output = workshop.burnish("sft", recipe, *keys, world=2, status=1)
+    assert "model.norm.weight" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_ray_starts_the_ranks(workshop: Workshop) -> None:
+    recipe = str(workshop.recipe(**sections_of("dense")))
+    workshop.burnish("sft", recipe)
+    output = workshop.burnish("sft", recipe, "run.dir=runs/b", "cluster.devices_per_node=2", "parallel.cp=2")
+    assert "2 ranks on cpu: cp 2" in output
+    assert_alike(workshop, "runs/b", "runs/a")
+
+
+PYTHON = """
+import burnish
+if __name__ == "__main__":
+    sft = burnish.SFT("recipe.yaml")
+    result = sft.train()
+    assert abs(sft.evaluate()["eval/loss"] - result.summary["final_eval_loss"]) < 1e-4
+    print(sft.export("exported"))
+"""
+
+
+@pytest.mark.slow
+def test_the_model_can_be_used_from_python_once_ranks_have_trained_it(workshop: Workshop) -> None:
+    workshop.recipe(**sections_of("dense"), cluster={"devices_per_node": 2})
+    (workshop.folder / "script.py").write_text(PYTHON)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, "script.py"]
+    done = subprocess.run(script, cwd=workshop.folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    exported = load_file(workshop.folder / "exported/model.safetensors")
+    trained = weights(workshop.folder / "runs/a")
+    assert exported.keys() == trained.keys()
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in exported.items())
