@@ -4,8 +4,9 @@
 
 The state is `--values` fp32 weights with two moments each, 12 bytes a value, sharded over ranks that are processes of
 this machine. Each way runs in processes of its own. The stall is the time until `save` returns; `prepare` allocates the
-copies before the first step. Memory is the peak of all ranks above the state, as a share of it, file cache aside. Writing is to
-`--folder`, which is emptied, and includes the wait for the disk; reading is of files that are still in the cache.
+copies before the first step. Memory is the peak of all ranks above the state, as a share of it, file cache aside.
+Writing is to `--folder`, which is emptied, and includes the wait for the disk; reading is of files that are still in
+the cache.
 """
 
 from __future__ import annotations

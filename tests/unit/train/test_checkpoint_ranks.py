@@ -363,6 +363,18 @@ def test_buffers_serve_every_save_and_follow_what_is_saved(tmp_path: Path):
     assert into["c"].tolist() == [1] * 4
 
 
+def test_what_is_prepared_before_the_first_save_is_what_it_copies_to(tmp_path: Path):
+    checkpointer = Checkpointer()
+    checkpointer.prepare({"a": torch.zeros(3)})
+    before = checkpointer._copies._pieces["a"].values.data_ptr()
+    checkpointer.save(tmp_path, 1, {"a": torch.full((3,), 2.0)}, {})
+    checkpointer.wait()
+    assert checkpointer._copies._pieces["a"].values.data_ptr() == before
+    into = {"a": torch.zeros(3)}
+    load_checkpoint(checkpoint_folder(tmp_path, 1), into)
+    assert into["a"].tolist() == [2.0] * 3
+
+
 # Failures
 
 
