@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -47,14 +47,14 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
     compute: str = "fp32"
     master: str = "fp32"
-    normalization: str = "token"
+    normalization: Literal["token", "sample"] = "token"
     budget: int = 64
     num_samples: int = 14
     optimizer: str = "sgd"
     freeze: tuple[str, ...] = ()
     trainer: dict[str, Any] = field(default_factory=dict)
 
-    recompute: str = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
     blocks: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] | None = None
     loss: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +88,7 @@ class Case:
                 for sample in samples:
                     sample.loss_weights[:] = 0
                     if sample.index % 7 == 1:
-                        sample.loss_weights[1] = 1
+                        sample.loss_weights[-1] = 1
         return samples
 
 
@@ -237,6 +237,7 @@ EVERYDAY = [
     Case("pp2-ring2", {"pp": 2, "cp": 2}, 4, PP | UNTIED),
     Case("pp2-tp2-shard2-bf16", {"pp": 2, "tp": 2, "dp_shard": 2, "zero": 1}, 8, PP, compute="bf16"),
     Case("ep2", {"ep": 2}, 2, MOE),
+    Case("moe-tp2", {"tp": 2}, 2, MOE),
     Case("ep2-shard4", {"ep": 2, "dp_shard": 4}, 4, MOE, normalization="sample"),
     Case("moe-shard2", {"dp_shard": 2}, 2, MOE),
     Case("ep2-tp2", {"ep": 2, "tp": 2}, 2, MOE),
@@ -280,6 +281,9 @@ WIDE: list[Case] = [
     Case("replicate2-ring2", {"dp_replicate": 2, "cp": 2}, 4),
     Case("replicate2-pp2", {"dp_replicate": 2, "pp": 2}, 4, PP),
     Case("replicate2-ep2", {"dp_replicate": 2, "dp_shard": 2, "ep": 2}, 4, MOE, trainer=ROUTED),
+    Case("moe-tp2-no-sp", {"tp": 2, "sequence_parallel": False}, 2, MOE, trainer=ROUTED),
+    Case("moe-tp2-shard2", {"tp": 2, "dp_shard": 2}, 4, MOE, trainer=ROUTED),
+    Case("moe-tp2-pp2", {"tp": 2, "pp": 2}, 4, MOE | PP, trainer=ROUTED),
     Case("replicate2-moe-losses", {"dp_replicate": 2}, 2, MOE, trainer=ROUTED),
     Case("ep4-tp2", {"ep": 4, "tp": 2, "dp_shard": 2}, 4, MOE, trainer=ROUTED),
     Case("ep4-tp2-shard4", {"ep": 4, "tp": 2, "dp_shard": 4}, 8, MOE, trainer=ROUTED),

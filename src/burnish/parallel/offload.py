@@ -1,7 +1,7 @@
 """Activations in the host's memory between a block's forward and its backward: the same numbers, less device memory.
 
-What moves are the tensors autograd saves, weights and small ones aside. What recomputation does not save at all has no
-copy; of what selective recomputation keeps, only the inputs of blocks move.
+What moves are the tensors autograd saves, weights and small ones aside; they come back contiguous. What recomputation
+does not save at all has no copy; of what selective recomputation keeps, only the inputs of blocks move.
 """
 
 from __future__ import annotations

@@ -1,0 +1,74 @@
+"""Activations on the host: the same numbers, no weight moved, each tensor once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import native_model, tiny_config
+from torch import Tensor
+
+from burnish.parallel import offload
+from burnish.parallel.recompute import Blocks
+from burnish.types import Documents
+
+
+def gradients(blocks: Blocks, config: dict[str, Any]) -> dict[str, Tensor]:
+    model = native_model(config, torch.float32)
+    blocks.wrap(model)
+    tokens_T = torch.arange(40) % 7
+    documents = Documents(torch.tensor([0, 25, 40], dtype=torch.int32), (25, 15))
+    model(tokens_T, torch.arange(40), documents).square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_offloaded_activations_change_no_number(recompute: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "SMALLEST", 0)
+    config = tiny_config(family, num_hidden_layers=3)
+    expected = gradients(Blocks(), config)
+    found = gradients(Blocks(recompute, is_offloaded=True), config)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # A copy is contiguous; grouped matmuls round otherwise where their rows were not.
+        assert torch.equal(found[name], gradient) or family == "qwen3_moe", name
+        assert (found[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+
+
+def test_weights_and_small_tensors_stay_and_a_tensor_moves_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[Tensor] = []
+
+    class Copy(offload._Copy):
+        def __init__(self, tensor: Tensor) -> None:
+            moved.append(tensor)
+            super().__init__(tensor)
+
+    monkeypatch.setattr(offload, "_Copy", Copy)
+    monkeypatch.setattr(offload, "SMALLEST", 5000)
+    block = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh())
+    offload.offload_activations([block])
+    x, small = torch.randn(32, 64, requires_grad=True), torch.randn(2, 64, requires_grad=True)
+    block(x).sum().backward()
+    assert [tuple(tensor.shape) for tensor in moved] == [(32, 64), (32, 64)], "the input and the result of tanh"
+    moved.clear()
+    block(small).sum().backward()
+    assert not moved
+    moved.clear()
+    doubled = torch.nn.Module()
+    doubled.forward = lambda x: x.exp() * x * x.sin()
+    offload.offload_activations([doubled])
+    doubled(x).sum().backward()
+    assert len({(t.data_ptr(), t.shape) for t in moved}) == len(moved)
+
+
+def test_every_second_block_is_recomputed_and_full_keeps_inputs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = native_model(tiny_config("qwen3", num_hidden_layers=4), torch.float32)
+    calls: list[int] = []
+    for number, block in enumerate(model.blocks()):
+        block.self_attn.register_forward_hook(lambda *_, number=number: calls.append(number))  # pyright: ignore
+    Blocks("full", every=2).wrap(model)
+    documents = Documents(torch.tensor([0, 9], dtype=torch.int32), (9,))
+    model(torch.arange(9), torch.arange(9), documents).sum().backward()
+    assert calls == [0, 1, 2, 3, 2, 0]
