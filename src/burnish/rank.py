@@ -25,6 +25,7 @@ from burnish.components import Components, RankComponents
 from burnish.config import Recipe
 from burnish.data.pack import Layout, Packs
 from burnish.model.hf_io import named_weights
+from burnish.observe.metrics import memory_of
 from burnish.parallel import weights
 from burnish.parallel.degrees import Degrees
 from burnish.parallel.execution import MeshExecution
@@ -69,6 +70,10 @@ class Rank:
     def run_rows(self, reason: str) -> None:
         """From now on run one document a row."""
         self.parts.execution.model.run_rows(reason)
+
+    def memory(self) -> dict[str, float]:
+        """As of `observe.metrics.memory_of`; of several ranks the largest of each."""
+        return memory_of(self.parts.device.type)
 
     def prepare(self, total_steps: int, clock: Clock | None = None) -> None:
         """Make the trainer of a run of `total_steps` steps; `clock` times its parts."""
@@ -262,6 +267,10 @@ class RankGroup:
 
     def run_rows(self, reason: str) -> None:
         self.ranks.call("run_rows", reason)
+
+    def memory(self) -> dict[str, float]:
+        found = self.ranks.call("memory")
+        return {name: max(of_rank[name] for of_rank in found) for name in found[0]}
 
     def prepare(self, total_steps: int, clock: Clock | None = None) -> None:
         self.ranks.call("prepare", total_steps)

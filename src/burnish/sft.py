@@ -354,7 +354,6 @@ class SFT:
         for tracker in trackers:
             stack.callback(tracker.close)
         held_out, layout = session.feed.held_out(), evaluation_layout(recipe, session.layout)
-        device = parts.device.type if self.is_alone else "cpu"
         return Run(
             folder=folder,
             total_steps=session.length.total_steps,
@@ -362,7 +361,9 @@ class SFT:
             layout=session.layout,
             normalization=recipe.train.loss,
             clock=session.clock,
-            window=StepWindow(session.clock, progress.totals, device, parts.utilisation(session.trainer.world_size)),
+            window=StepWindow(
+                session.clock, progress.totals, parts.utilisation(session.trainer.world_size), session.trainer.memory
+            ),
             metrics=metrics,
             trackers=trackers,
             watcher=session.console,

@@ -172,21 +172,22 @@ class StepWindow:
     `tokens/<source>` and `trained_tokens/<source>`; `truncated` rows; `packing_fill`, the share of the
     micro-batches' budget that tokens took; `padding_share`, of the slots computed those that held no token;
     `tokens_per_second` and `mfu`, over the time not spent in save and evaluate; `time/<name>` in seconds;
-    `memory/...` in GiB. `total_samples`, `total_tokens` and `total_trained_tokens` are of the whole run.
+    `memory/...` in GiB, which `memory` tells. `total_samples`, `total_tokens` and `total_trained_tokens` are of the
+    whole run.
     """
 
     def __init__(
         self,
         stopwatch: Stopwatch,
         totals: Totals | None = None,
-        device_type: str = "cpu",
         utilisation: Utilisation | None = None,
+        memory: Callable[[], dict[str, float]] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.totals = totals or Totals()
         self._stopwatch = stopwatch
-        self._device_type = device_type
         self._utilisation = utilisation
+        self._memory = memory or (lambda: memory_of("cpu"))
         self._clock = clock
         self._begin()
 
@@ -240,7 +241,7 @@ class StepWindow:
             **{f"tokens/{source}": tokens for source, tokens in sorted(self._source_tokens.items())},
             **{f"trained_tokens/{source}": tokens for source, tokens in sorted(self._source_trained.items())},
             **{f"time/{name}": value for name, value in times.items()},
-            **memory(self._device_type),
+            **self._memory(),
         }
         if self._utilisation:
             line["mfu"] = counts.flops / in_steps / self._utilisation.peak
@@ -271,7 +272,7 @@ def _fetch(stats: Stats) -> dict[str, float]:
     }
 
 
-def memory(device_type: str) -> dict[str, float]:
+def memory_of(device_type: str) -> dict[str, float]:
     """Memory in GiB: on CUDA what tensors hold now and held at most since the last call; on a CPU the process's
     resident set, where /proc tells it."""
     if device_type == "cuda":

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from burnish.observe.flops import ModelShape, step_flops
-from burnish.observe.metrics import MetricsWriter, StepWindow, Stopwatch, Totals, Utilisation, cut, read
+from burnish.observe.metrics import MetricsWriter, StepWindow, Stopwatch, Totals, Utilisation, cut, memory_of, read
 from burnish.types import Batch, Documents, Sample, Status, StepInput, UserError, Weighted
 
 
@@ -227,7 +227,7 @@ def test_a_stopwatch_counts_time_up_to_an_exception():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_time_and_memory_are_the_devices():
     watch = Stopwatch("cuda")
-    window = StepWindow(watch, device_type="cuda")
+    window = StepWindow(watch, memory=lambda: memory_of("cuda"))
     matrix = torch.ones(4096, 4096, device="cuda")
     torch.cuda.synchronize()
     with watch("forward_backward"):
