@@ -28,6 +28,7 @@ from burnish.data.rows import Rows
 from burnish.data.turns import Selection
 from burnish.model.attention import choose_attention
 from burnish.model.base import CausalLM, model_shape
+from burnish.model.hf_io import fingerprint_weights
 from burnish.model.lora import initialise_adapters, inject, read_adapter
 from burnish.model.probe import leak_tolerance, probe_isolation
 from burnish.model.vocabulary import TokenizerFacts, check_vocabulary, stop_ids
@@ -259,8 +260,14 @@ class Components:
                 "tokenizer and chat template": self.text_tokenizer.fingerprint,
                 "model config": _digest(config),
                 "row limit": min(self.limits.values()) if self.recipe.data.over_long != "error" else None,
+                # Checkpoints of adapters do not hold what they were trained beside.
+                **({"base weights": fingerprint_weights(self.loaded.folder)} if self._reads_base else {}),
             },
         }
+
+    @property
+    def _reads_base(self) -> bool:
+        return self.recipe.lora is not None and self.recipe.model.path is not None and self.given_model is None
 
     @contextmanager
     def determinism(self) -> Iterator[None]:
