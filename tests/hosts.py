@@ -55,6 +55,14 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def name_of(pid: int) -> str:
+    """Its command line; empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
 def await_end(pids: Iterable[int], seconds: float = 30.0) -> list[int]:
     """Those of `pids` that live after that long."""
     pids, deadline = list(pids), time.monotonic() + seconds
@@ -89,12 +97,14 @@ class Training:
                 env={**os.environ, MARK: self._mark, "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
                 start_new_session=True,
             )
+        self._seen = {self.process.pid}
+        """Ray's agents lose the mark when they take a title."""
 
     def __enter__(self) -> Training:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pid in [*marked(self._mark), *self.ranks]:
+        for pid in self.processes:
             with contextlib.suppress(OSError):
                 os.kill(pid, 9)
         self.process.wait()
@@ -112,7 +122,8 @@ class Training:
     @property
     def processes(self) -> list[int]:
         """All that live: the driver, the ranks, its workers and what of Ray it started."""
-        return [pid for pid in {*marked(self._mark), *self.ranks} if is_alive(pid)]
+        self._seen |= {*marked(self._mark), *self.ranks}
+        return [pid for pid in self._seen if is_alive(pid)]
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -127,7 +138,8 @@ class Training:
         while not what():
             assert time.monotonic() < deadline, f"not in {seconds} s:\n{self.output}"
             assert self.process.poll() is None, self.output
-            time.sleep(0.05)
+            self._seen.update(self.processes)
+            time.sleep(0.2)
 
     def until_step(self, step: int) -> None:
         self.until(lambda: self.steps and self.steps[-1]["step"] >= step)
@@ -138,5 +150,6 @@ class Training:
     def end(self, seconds: float = 240.0) -> int:
         """Its exit status, once it has come to its end by itself and nothing is left of it within 30 s."""
         status = self.process.wait(seconds)
-        assert not await_end(self.processes), "processes outlive the run"
+        left = {pid: name_of(pid) for pid in await_end(self.processes)}
+        assert not left, "processes outlive the run"
         return status

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hosts import Hosts, Training, await_end
+from hosts import Hosts, Training, await_end, name_of
 from workshop import Workshop
 
 TWO = "cluster.devices_per_node=2"
@@ -37,7 +37,7 @@ def timed() -> Callable[[Training, str], int]:
         begun = time.monotonic()
         status = training.process.wait(240)
         driver = time.monotonic() - begun
-        left = await_end(training.processes)
+        left = {pid: name_of(pid) for pid in await_end(training.processes)}
         last = time.monotonic() - begun
         said = "\n    ".join(training.output.splitlines()[-12:])
         print(f"{what}: status {status}, driver gone {driver:.1f} s, last process {last:.1f} s, said\n    {said}")
@@ -187,8 +187,7 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_it_is_used(shop: Works
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     with Training(shop.folder, "runs/a", TWO) as run:
-        step = int(before.name.removeprefix("iter_"))
-        run.until_step(step + 2)
+        run.until_step(int(newest.name.removeprefix("iter_")) + 2)
         assert f"{newest.name} cannot be used: {file.name} does not have the content that was written" in run.output
         assert f"going on from runs/a/checkpoints/{before.name}" in run.output.replace(f"{shop.folder}/", "")
         run.process.send_signal(signal.SIGTERM)
