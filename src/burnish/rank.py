@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence, Set
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -232,6 +232,7 @@ class RankGroup:
 
     ranks: Ranks
     degrees: Degrees
+    _clock: Clock = field(default=lambda name: nullcontext(), repr=False)
 
     @property
     def world_size(self) -> int:
@@ -273,10 +274,14 @@ class RankGroup:
         return {name: max(of_rank[name] for of_rank in found) for name in found[0]}
 
     def prepare(self, total_steps: int, clock: Clock | None = None) -> None:
+        """As of a rank; `clock` times `step`, all of it, as the driver waits for it."""
+        if clock is not None:
+            self._clock = clock
         self.ranks.call("prepare", total_steps)
 
     def step(self, inputs: StepInput) -> Stats:
-        return self._stats("step_packs", inputs)
+        with self._clock("step"):
+            return self._stats("step_packs", inputs)
 
     def rehearse(self, inputs: StepInput) -> None:
         self._call_with("rehearse_packs", inputs)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,20 @@ def test_peers_of_a_data_rank_share_one_object_and_one_rank_tells_the_statistics
     assert by_rank[0] is by_rank[1]
     assert by_rank[2] is by_rank[3]
     assert by_rank[0] is not by_rank[2]
+
+
+def test_the_driver_times_a_step_of_its_ranks() -> None:
+    timed: list[str] = []
+
+    @contextmanager
+    def clock(name: str) -> Iterator[None]:
+        timed.append(name)
+        yield
+
+    trainer, _ = group({"prepare": [None] * 4, "step_packs": [{"loss": (6.0, 3.0)}] * 4})
+    trainer.prepare(1, clock)
+    trainer.step(inputs(2))
+    assert timed == ["step"]
 
 
 def test_memory_is_that_of_the_fullest_rank() -> None:
