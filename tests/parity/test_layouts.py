@@ -50,7 +50,7 @@ class Case:
     normalization: Literal["token", "sample"] = "token"
     budget: int = 64
     num_samples: int = 14
-    optimizer: str = "sgd"
+    optimizer: Literal["adamw", "sgd"] = "sgd"
     freeze: tuple[str, ...] = ()
     trainer: dict[str, Any] = field(default_factory=dict)
 
@@ -166,10 +166,8 @@ def joined(outcomes: list[Outcome | None]) -> Outcome:
 def on_mesh(case: Case, parallelism: Parallelism) -> Execution:
     """This rank's part of the model of `case`, built on meta and given its weights when it is cut."""
     lora = None if case.lora is None else LoraConfig(**case.lora)
-    kernel, precision = (
-        parallelism.kernel(attend_sdpa),
-        Precision(*(DTYPES[t] for t in (case.master, case.compute)), torch.float32),
-    )
+    kernel = parallelism.kernel(attend_sdpa)
+    precision = Precision(DTYPES[case.master], DTYPES[case.compute], torch.float32)
     offload.SMALLEST = 0
     execution = parallelism.apply(
         partial(zoo.build, case.model_config, kernel, dtype=precision.master, device="meta", compute=precision.compute),
@@ -199,6 +197,14 @@ ROUTED: dict[str, Any] = {"routing": Routing(0.1, 0.01)}
 BALANCED: dict[str, Any] = {"routing": Routing(0.1, 0.01, 1e-3)}
 SMOOTH = {"label_smoothing": 0.1, "z_loss": 1e-2}
 LONG: dict[str, Any] = {"rows": "one long", "budget": 400}
+SPARING: list[tuple[str, Literal["none", "selective", "full"], dict[str, Any], dict[str, Any]]] = [
+    ("selective", "selective", {}, {}),
+    ("every2", "full", {"every": 2}, {}),
+    ("activations", "none", {"is_offloaded": True}, {}),
+    ("full-activations", "full", {"is_offloaded": True}, {}),
+    ("offload-optimizer", "none", {}, {"offload": "optimizer"}),
+    ("offload-parameters", "none", {}, {"offload": "parameters"}),
+]
 WINDOWS: dict[str, Any] = {
     "family": "qwen2",
     "use_sliding_window": True,
@@ -437,15 +443,8 @@ WIDE: list[Case] = [
     ),
     # What is computed again or lies on the host.
     *(
-        Case(f"{name}-{what}", {**parallel, **more}, 2, config, recompute=recompute, blocks=blocks, optimizer=optimizer)
-        for what, recompute, blocks, more, optimizer in (
-            ("selective", "selective", {}, {}, "sgd"),
-            ("every2", "full", {"every": 2}, {}, "sgd"),
-            ("activations", "none", {"is_offloaded": True}, {}, "sgd"),
-            ("full-activations", "full", {"is_offloaded": True}, {}, "sgd"),
-            ("offload-optimizer", "none", {}, {"offload": "optimizer"}, "sgd"),
-            ("offload-parameters", "none", {}, {"offload": "parameters"}, "sgd"),
-        )
+        Case(f"{name}-{what}", {**parallel, **more}, 2, config, recompute=recompute, blocks=blocks)
+        for what, recompute, blocks, more in SPARING
         for name, parallel, config in (
             ("shard2", {"dp_shard": 2}, {}),
             ("tp2", {"tp": 2}, {}),
