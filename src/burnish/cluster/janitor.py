@@ -40,19 +40,23 @@ def janitor(folder: Path) -> Iterator[None]:
 
 
 def marked(folder: str) -> list[int]:
-    """The processes whose environment says that they belong to `folder`."""
+    """The processes whose environment says that they belong to `folder`, or that write into a session's folder there:
+    Ray's agents overwrite their environment with a title."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended, or is somebody else's
-            if f"{MARK}={folder}\0".encode() in (process / "environ").read_bytes():
+            if f"{MARK}={folder}\0".encode() in (process / "environ").read_bytes() or any(
+                os.readlink(file).startswith(f"{folder}/session") for file in (process / "fd").iterdir()
+            ):
                 found.append(int(process.name))
     return found
 
 
 def main(folder: str) -> None:
-    sys.stdin.read()  # until the driver is gone
+    driver = os.getppid()
+    sys.stdin.read()  # until the driver is gone, or has ended its Ray
     deadline = time.monotonic() + SECONDS
-    while (left := marked(folder)) and time.monotonic() < deadline:
+    while (left := [pid for pid in marked(folder) if pid != driver]) and time.monotonic() < deadline:
         for pid in left:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
