@@ -67,7 +67,10 @@ class Components:
             raise RecipeError(
                 "run.device=cuda: torch finds no CUDA device; install a CUDA build of torch or set it to cpu"
             )
-        return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+        if asked == "cpu" or not torch.cuda.is_available():
+            return torch.device("cpu")
+        mapping = self.recipe.cluster.device_mapping
+        return torch.device("cuda" if mapping is None else f"cuda:{mapping[0]}")
 
     @cached_property
     def compute(self) -> torch.dtype:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence, Set
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 from burnish.cluster.phases import phase
 from burnish.cluster.ranks import Place, Ranks
 from burnish.components import Components, RankComponents
-from burnish.config import Recipe
+from burnish.config import Recipe, RecipeError
 from burnish.data.pack import Layout, Packs
 from burnish.model.hf_io import named_weights
 from burnish.observe.metrics import memory_of
@@ -76,8 +76,12 @@ class Rank:
         return memory_of(self.parts.device.type)
 
     def prepare(self, total_steps: int, clock: Clock | None = None) -> None:
-        """Make the trainer of a run of `total_steps` steps; `clock` times its parts."""
+        """Make the trainer of a run of `total_steps` steps; `clock` times its parts.
+
+        Raises RecipeError for keys of routers where the model has none that they steer.
+        """
         recipe = self.parts.recipe
+        _check_routing(recipe, self.parts.execution.is_sparse)
         self.trainer = LocalTrainer(
             execution=self.parts.execution,
             loss=CrossEntropy(recipe.train.label_smoothing, recipe.train.z_loss),
@@ -97,9 +101,20 @@ class Rank:
         """One optimizer step, on the first data rank's batches of `inputs`."""
         return self._trainer.step(inputs)
 
-    def rehearse(self, inputs: StepInput) -> None:
-        """Forward and backward of the first micro-batch, gradients thrown away."""
-        self._trainer.rehearse(inputs)
+    def rehearse(self, inputs: StepInput, longest: int) -> None:
+        """Forward and backward of the first micro-batch, of rows of `longest` tokens, gradients thrown away.
+
+        Raises UserError where the device's memory does not suffice.
+        """
+        try:
+            self._trainer.rehearse(inputs)
+        except torch.OutOfMemoryError as error:
+            budget = self.parts.recipe.batch.tokens_per_micro_batch
+            raise UserError(
+                f"a full micro-batch of {budget} tokens in rows of {longest} does not fit into the device's memory; "
+                "lower batch.tokens_per_micro_batch, or set train.recompute to selective or full, or precision.states "
+                f"to bf16 or int8 ({str(error).splitlines()[0]})"
+            ) from None
 
     def evaluate(self, inputs: StepInput) -> Stats:
         """Statistics over `inputs` with plain negative log-likelihood."""
@@ -118,7 +133,9 @@ class Rank:
 
     def load(self, folder: str) -> dict[str, Any]:
         """Continue from a checkpoint; returns the state it was saved with."""
-        return self._trainer.load(folder)
+        state = self._trainer.load(folder)
+        phase(f"checkpoint loaded: {folder}")
+        return state
 
     def load_weights(self, folder: Path) -> dict[str, Any]:
         """Take the weights alone of a checkpoint; returns the state it was saved with."""
@@ -170,6 +187,16 @@ class Rank:
         return list(named_weights(whole))
 
 
+def _check_routing(recipe: Recipe, is_sparse: bool) -> None:
+    for key in ("router_aux_loss", "router_z_loss", "router_bias_rate"):
+        value = getattr(recipe.train, key)
+        if value and not is_sparse:
+            raise RecipeError(
+                f"train.{key}={value:g} is about routers of experts, and no layer of this model has any of ours; "
+                f"set train.{key} to 0"
+            )
+
+
 def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
@@ -181,8 +208,10 @@ class SeatedRank(Rank):
         checked = recipe_from_dict(recipe)
         mesh = Mesh(Degrees.of(checked.parallel, place.world_size), torch.device(place.device))
         parts = RankComponents(checked, Path(folder), mesh=mesh)
+        self._held = ExitStack()  # to the end of this process
+        self._held.enter_context(parts.determinism())
         super().__init__(parts)
-        phase("mesh")
+        phase("modules imported, mesh")
         held = sum(weights.local_part(p)[0].numel() for p in parts.execution.parameters().values())
         phase(f"weights: {held:,} of {parts.loaded.num_parameters:,} parameters on this rank")
 
@@ -190,9 +219,9 @@ class SeatedRank(Rank):
         """`step` of what `packed` made; statistics as (sum, weight), where this rank has them."""
         return self._numbers(self.step(unpacked(packs)))
 
-    def rehearse_packs(self, packs: Mapping[str, Any]) -> None:
+    def rehearse_packs(self, longest: int, packs: Mapping[str, Any]) -> None:
         """`rehearse` of what `packed` made."""
-        self.rehearse(unpacked(packs))
+        self.rehearse(unpacked(packs), longest)
 
     def evaluate_packs(self, packs: Mapping[str, Any]) -> dict[str, tuple[float, float]] | None:
         """`evaluate` of what `packed` made."""
@@ -242,9 +271,9 @@ class RankGroup:
     def _data_ranks(self) -> list[int]:
         return [self.degrees.data_rank(rank) for rank in range(self.degrees.world)]
 
-    def _call_with(self, method: str, inputs: StepInput) -> list[Any]:
+    def _call_with(self, method: str, inputs: StepInput, *args: Any) -> list[Any]:
         packs = packed(inputs)
-        return self.ranks.call(method, by_rank=[packs[data_rank] for data_rank in self._data_ranks])
+        return self.ranks.call(method, *args, by_rank=[packs[data_rank] for data_rank in self._data_ranks])
 
     def _stats(self, method: str, inputs: StepInput) -> Stats:
         numbers = next(found for found in self._call_with(method, inputs) if found is not None)
@@ -283,8 +312,8 @@ class RankGroup:
         with self._clock("step"):
             return self._stats("step_packs", inputs)
 
-    def rehearse(self, inputs: StepInput) -> None:
-        self._call_with("rehearse_packs", inputs)
+    def rehearse(self, inputs: StepInput, longest: int) -> None:
+        self._call_with("rehearse_packs", inputs, longest)
 
     def evaluate(self, inputs: StepInput) -> Stats:
         return self._stats("evaluate_packs", inputs)

@@ -281,19 +281,23 @@ class Run:
 
 
 @contextmanager
-def stop_on_signals(run: Run, end_at_once: Callable[[int], None], limit: Callable[[int], object]) -> Iterator[None]:
+def stop_on_signals(
+    run: Run, end_at_once: Callable[[int], None], limit: Callable[[int], threading.Timer]
+) -> Iterator[None]:
     """SIGINT and SIGTERM let the current step finish and end the loop; a second one calls `end_at_once` with the exit
-    status, and `limit` is called with it at a SIGTERM, whose sender will not wait for ever.
+    status. At a SIGTERM, whose sender will not wait for ever, `limit` starts a timer, which ends with the block.
 
     Python hands signals to the main thread alone: in another, nothing is changed.
     """
+
+    timers: list[threading.Timer] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
         if run.interrupted is not None:
             end_at_once(128 + number)
         run.interrupted = signal.Signals(number)
         if number == signal.SIGTERM:
-            limit(128 + number)
+            timers.append(limit(128 + number))
         LOG.info(f"{signal.Signals(number).name}: finishing the step, then saving; again stops at once")
 
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
@@ -301,5 +305,7 @@ def stop_on_signals(run: Run, end_at_once: Callable[[int], None], limit: Callabl
     try:
         yield
     finally:
+        for timer in timers:
+            timer.cancel()
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from burnish.cluster.launch import end_after, is_local, known_world, open_ranks, with_restarts
+from burnish.cluster.ranks import ClusterError, LostRanks
 from burnish.components import Components, DriverComponents
 from burnish.config import Recipe, RecipeError
 from burnish.data.feed import Feed, Preparation
@@ -50,6 +52,7 @@ from burnish.recipe import dump, read_recipe, recipe_from_dict
 from burnish.resume import altering_keys, check_resumable
 from burnish.run import Progress, Run, RunFolder, stop_on_signals
 from burnish.train.checkpoint import (
+    TRACKER,
     SavedTensors,
     checkpoint_folder,
     find_checkpoint,
@@ -148,11 +151,13 @@ class SFT:
         """
         how = {None: self.recipe.checkpoint.resume, True: "auto", False: "never"}.get(resume, str(resume))
         with self._opened_folder() as console:
-            starts = [(how, self.recipe.checkpoint.step), ("auto", None)]
+            before = _tracked(self.folder)
 
             def start(restarts: int) -> Result:
                 self._is_restart = restarts > 0
-                return self._train(console, *starts[min(restarts, 1)])
+                # Until this run has saved, a restart begins where the first start did.
+                has_saved = _tracked(self.folder) != before
+                return self._train(console, *(("auto", None) if has_saved else (how, self.recipe.checkpoint.step)))
 
             return with_restarts(start, self.recipe.cluster.max_restarts)
 
@@ -217,6 +222,9 @@ class SFT:
     def _ranks(self) -> Iterator[Rank | RankGroup]:
         """Who trains: this process, or ranks of a cluster, which end with the block."""
         if self.is_alone:
+            os.environ.update({name: str(value) for name, value in self.recipe.cluster.env.items()})
+            if self.parts.device.index is not None:
+                torch.cuda.set_device(self.parts.device)
             yield Rank(self.parts)
             return
         recipe, parallel = self.recipe, self.recipe.parallel
@@ -229,9 +237,14 @@ class SFT:
             log_level=recipe.run.log_level,
             fits=(lambda world: _fits(recipe, world)) if self._is_restart else None,
         )
+        group = None
         try:
-            yield RankGroup(ranks, Degrees.of(parallel, ranks.world_size))
-        except BaseException:
+            group = RankGroup(ranks, Degrees.of(parallel, ranks.world_size))
+            yield group
+        except BaseException as error:
+            if group is not None and isinstance(error, Exception) and not isinstance(error, ClusterError):
+                with suppress(UserError):  # what ends the run is said, and a save under way is not lost to it
+                    group.finish_saves()
             ranks.kill()
             raise
         ranks.close()
@@ -329,14 +342,7 @@ class SFT:
         longest = min(max(lengths), budget)
         number = budget // longest * layout.data_ranks
         samples = [_all_trained(longest, index, self.parts.num_embeddings) for index in range(number)]
-        try:
-            session.trainer.rehearse(pack(samples, layout))
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"a full micro-batch of {budget} tokens in rows of {longest} does not fit into the device's memory; "
-                "lower batch.tokens_per_micro_batch, or set train.recompute to selective or full, or precision.states "
-                f"to bf16 or int8 ({str(error).splitlines()[0]})"
-            ) from None
+        session.trainer.rehearse(pack(samples, layout), longest)
 
     def _run(self, session: Session, stack: ExitStack) -> Run:
         """The run's records and cadences, its files cut to what the checkpoint knows."""
@@ -400,6 +406,12 @@ class SFT:
                     f"{error}\nstep {run.progress.step} is saved: once the row is mended or the recipe drops it, "
                     "start again with checkpoint.allow_changes=true"
                 ) from None
+            except LostRanks:
+                if run.interrupted is None:
+                    raise
+                # Who ends a host tells its ranks as well; there is nothing to start again for.
+                LOG.warning("ranks were lost while the run was ending; the last checkpoint stands")
+                return 128 + run.interrupted
             if run.interrupted is None:
                 return None
             run.save(session.trainer, session.source)
@@ -416,6 +428,8 @@ class SFT:
         checkpoint, progress, exported = self.recipe.checkpoint, run.progress, None
         if checkpoint.keep_best and progress.best_step not in (None, progress.step):
             best = checkpoint_folder(self.folder.checkpoints, progress.best_step)
+            session.trainer.finish_saves()
+            verify_checkpoint(best)
             progress = self._progress = Progress.from_state(session.trainer.load(str(best))["progress"])
         elif progress.step != run.saved_step:
             run.save(session.trainer, session.source)  # a run that goes on from the end of another folder's
@@ -495,6 +509,12 @@ def _as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path, model: Any) -> R
     return recipe_from_dict(tree)
 
 
+def _tracked(folder: RunFolder) -> tuple[str, int] | None:
+    """Which save was the last, and when; None where there was none."""
+    tracker = folder.checkpoints / TRACKER
+    return (tracker.read_text(), tracker.stat().st_mtime_ns) if tracker.is_file() else None
+
+
 def _checkpoint_to_resume(folder: RunFolder, how: str, step: int | None) -> Path | None:
     """The checkpoint that `how` (checkpoint.resume) asks for; None to start from the model's own weights.
 
@@ -511,7 +531,11 @@ def _checkpoint_to_resume(folder: RunFolder, how: str, step: int | None) -> Path
             )
         return None
     place = Path(how)
-    found = place if (place / "state.json").is_file() else find_checkpoint(place / "checkpoints", step)
+    if (place / "state.json").is_file():
+        verify_checkpoint(place)
+        found = place
+    else:
+        found = find_checkpoint(place / "checkpoints", step)
     if found is None:
         raise RecipeError(f"checkpoint.resume={how}: neither a checkpoint (iter_...) nor a run folder with one")
     is_own = found.resolve().parent == folder.checkpoints.resolve()

@@ -86,6 +86,8 @@ class Parallelism:
         """
         mesh, parallel = self.mesh, self.parallel
         whole = build()
+        if any(isinstance(module, MoE) for module in whole.modules()):
+            mesh.axis("ep")  # all ranks make the groups of experts together, also those whose stage has none
         stages: dict[Part, CausalLM] = {}
         modules: list[FSDPModule] = []
         for part in self.own_parts(whole):
