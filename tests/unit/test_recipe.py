@@ -53,7 +53,11 @@ def fault(*overrides: str, tree: dict[str, Any] | None = None) -> str:
         ("optim=1", "optim=1: must be a mapping of keys"),
         ("data.date=2026-02-30", 'data.date="2026-02-30": must be a day as YYYY-MM-DD'),
         ("data.date=tomorrow", "data.date"),
-        ("parallel.tp=2", "parallel.tp=2: this version trains on one process; set parallel.tp to 1"),
+        (
+            "parallel.offload=nvme",
+            "parallel.offload=nvme: shards are not written to disks; set it to parameters, which holds them and the "
+            "optimizer in the host's memory",
+        ),
         ("optim.min_lr=1", "optim.min_lr=1 is above the peak optim.lr=1e-05; set it to 1e-05 or less"),
         ("optim={schedule: constant, min_lr: 1e-6}", "optim.min_lr=1e-06 has no effect with optim.schedule=constant"),
         ("optim.decay_ratio=0.2", "optim.decay_ratio=0.2 has no effect with optim.schedule=cosine"),
