@@ -265,6 +265,8 @@ class SFT:
         saved, now = read_state(checkpoint)["identity"], {"recipe": altering_keys(self.recipe)}
         if check_resumable(saved, now, self.recipe.checkpoint.allow_changes, str(checkpoint)):
             return None
+        if read_state(checkpoint)["num_steps"] < summary["step"]:
+            return None  # its end is damaged, or an earlier step was asked for
         best = summary["best_step"] if self.recipe.checkpoint.keep_best else None
         self._saved_weights = checkpoint if best is None else checkpoint_folder(self.folder.checkpoints, best)
         console.facts(f"{self.folder.path} is finished: nothing left to train", result_facts(summary, self.folder))
