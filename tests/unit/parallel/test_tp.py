@@ -21,7 +21,7 @@ from burnish.model.base import CausalLM
 from burnish.model.lm_head import Head, score
 from burnish.parallel.degrees import Degrees
 from burnish.parallel.divisible import check_tensor_parallel
-from burnish.parallel.fsdp import shard
+from burnish.parallel.fsdp import Sharding, shard
 from burnish.parallel.mesh import Mesh
 from burnish.parallel.recompute import recompute_blocks
 from burnish.parallel.tp import VocabularyParallel, parallelize
@@ -102,7 +102,7 @@ def equals_one_process(case: Case) -> None:
     assert all(isinstance(p, DTensor) or ".experts." in name for name, p in model.named_parameters())
     recompute_blocks(model.blocks(), case.recompute)
     if case.compute is not None:
-        shard(model, mesh, 3, compute=case.compute, reduce=case.compute).begin(is_last=True)
+        Sharding(shard(model, mesh, 3, compute=case.compute, reduce=case.compute), 3).begin(is_last=True)
     vocabulary = VocabularyParallel(mesh.axis("tp"), case.sequence_parallel)
     begin_step(model)
     for router in model.routers():
