@@ -7,7 +7,6 @@ import errno
 import json
 import logging
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
 from torch.nn import Parameter
+from workshop import COMMANDS
 
 from burnish.train import checkpoint
 from burnish.train.checkpoint import (
@@ -309,12 +309,12 @@ def save_forever(root: Path, step: int) -> None:
 
 
 def test_kill_9_of_a_writer_leaves_a_checkpoint(tmp_path: Path):
-    context, steps, delays = multiprocessing.get_context("fork"), [0], random.Random(0)
+    steps, delays = [0], random.Random(0)
     save(tmp_path, 0)
     for _ in range(12):
-        writer = context.Process(target=save_forever, args=(tmp_path, steps[-1]))
+        writer = COMMANDS.Process(target=save_forever, args=(tmp_path, steps[-1]))
         writer.start()
-        time.sleep(delays.uniform(0.01, 0.15))
+        time.sleep(delays.uniform(0.05, 0.5))
         writer.kill()
         writer.join()
         recover(tmp_path)

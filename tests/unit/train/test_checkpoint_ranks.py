@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import multiprocessing
 import os
 import signal
 import threading
@@ -22,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from workshop import COMMANDS
 
 from burnish.config import OptimConfig
 from burnish.train import checkpoint
@@ -466,7 +466,7 @@ def test_kill_9_in_the_middle_of_a_write_leaves_the_checkpoint_before(tmp_path: 
         with pytest.raises(RankFailed):
             run_ranks(world, die_while_writing, tmp_path)
     else:
-        writer = multiprocessing.get_context("fork").Process(target=die_while_writing, args=(tmp_path,))
+        writer = COMMANDS.Process(target=die_while_writing, args=(tmp_path,))
         writer.start()
         writer.join()
         assert writer.exitcode == -signal.SIGKILL
