@@ -11,7 +11,7 @@ once for each of its experts), F inner size of an expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol, TypeVar, cast
@@ -389,18 +389,12 @@ class _Tie(torch.autograd.Function):
         return grads[0], torch.ones_like(loss)
 
 
-def load_metrics(counts: Sequence[Tensor]) -> dict[str, float]:
-    """How even the load of a step was, of the counts [E] of each layer's router, averaged over layers.
-
-    `load_max` is that of the busiest expert in means (1 when even, E when one has all), `load_unused` the share of
-    experts without a token.
+def load_of(counts_E: Tensor) -> tuple[Tensor, Tensor]:
+    """How even a load is: that of the busiest expert in means (1 when even, E when one has all), and the share of
+    experts without a token. 0-dim float64.
     """
-    loads_LE = torch.stack(list(counts)).double()
-    maxima_L = loads_LE.amax(1) / loads_LE.mean(1).clamp_min(1e-9)
-    return {
-        "router_load_max": maxima_L.mean().item(),
-        "router_load_unused": (loads_LE == 0).double().mean().item(),
-    }
+    counts_E = counts_E.double()
+    return counts_E.max() / counts_E.mean().clamp_min(1e-9), (counts_E == 0).double().mean()
 
 
 def set_compute(model: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:

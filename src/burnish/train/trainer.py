@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from burnish.config import OptimConfig
 from burnish.data.order import seed_from
+from burnish.model.moe import load_of
 from burnish.parallel.execution import Execution, without_noise
 from burnish.train.checkpoint import Checkpointer, load_checkpoint, name_of_rank
 from burnish.train.loss import CrossEntropy
@@ -140,10 +141,7 @@ class LocalTrainer:
         sums = {name: torch.stack((r.aux_sum, r.z_sum)).double() for name, r in self._routers.items()}
         own = torch.zeros(5, dtype=torch.float64, device=self.device)
         for name, losses in self.execution.sum_loads(sums).items():
-            means = counts[name].mean().clamp_min(1e-9)
-            own += torch.stack(
-                (counts[name].max() / means, (counts[name] == 0).double().mean(), *losses, means.new_ones(()))
-            )
+            own += torch.stack((*load_of(counts[name]), *losses, own.new_ones(())))
             self._routers[name].begin(None)
         load_max, unused, aux, z, num_layers = self.execution.everywhere(own)
         loads = {"router_load_max": Weighted(load_max, num_layers), "router_load_unused": Weighted(unused, num_layers)}

@@ -31,7 +31,7 @@ from burnish.model.moe import (
     compute_grouped_eagerly,
     compute_one_by_one,
     dispatch_locally,
-    load_metrics,
+    load_of,
     read_moe_shape,
 )
 from burnish.model.probe import leak_tolerance, probe_isolation
@@ -457,18 +457,16 @@ def test_steps_of_the_bias_even_out_the_load():
     for _ in range(200):
         router.begin(200)
         router(logits_TE.requires_grad_(), documents_of([200]))
-        before = before or load_metrics([router.counts_E])["router_load_max"]
+        before = before or load_of(router.counts_E)[0]
         router.update_bias(0.01, router.counts_E)
     assert before is not None
-    assert load_metrics([router.counts_E])["router_load_max"] < 1.25 < 1.5 < before
+    assert load_of(router.counts_E)[0] < 1.25 < 1.5 < before
 
 
-def test_load_metrics():
-    even, one_has_all = torch.tensor([3, 3, 3, 3]), torch.tensor([12, 0, 0, 0])
-    assert load_metrics([even]) == {"router_load_max": 1.0, "router_load_unused": 0.0}
-    assert load_metrics([one_has_all]) == {"router_load_max": 4.0, "router_load_unused": 0.75}
-    assert load_metrics([even, one_has_all]) == {"router_load_max": 2.5, "router_load_unused": 0.375}
-    assert load_metrics([torch.zeros(4, dtype=torch.int64)])["router_load_max"] == 0.0
+def test_the_load_of_experts_is_measured_in_means():
+    assert load_of(torch.tensor([3, 3, 3, 3])) == (1.0, 0.0)
+    assert load_of(torch.tensor([12, 0, 0, 0])) == (4.0, 0.75)
+    assert load_of(torch.zeros(4, dtype=torch.int64))[0] == 0.0
 
 
 def test_dense_models_have_no_routers():
