@@ -9,6 +9,7 @@ E head dimension.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -302,7 +303,7 @@ def tiles(pair: Pair, window: int | None, always_blocks: bool) -> Iterator[Tile]
         start += length
 
 
-class TiledEngine:
+class TiledEngine(ABC):
     """Attention of a pair tile by tile, in float32 at least; subclasses compute a tile."""
 
     always_blocks = False
@@ -325,11 +326,13 @@ class TiledEngine:
             dv_MGE[tile.keys] += dv
         return dq_LHE, dk_MGE, dv_MGE
 
+    @abstractmethod
     def _forward(self, q_LHE: Tensor, k_MGE: Tensor, v_MGE: Tensor, tile: Tile, task: Task) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """Output and log-sum-exp of the queries of one tile."""
 
+    @abstractmethod
     def _backward(self, known: Known, tile: Tile, task: Task) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
+        """The gradients of queries, keys and values that one tile adds."""
 
 
 def _widened(x: Tensor) -> Tensor:
