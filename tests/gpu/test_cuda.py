@@ -63,6 +63,40 @@ def test_bf16_learns_with(override: str) -> None:
     assert found["final_eval_loss"] < found["first_eval_loss"] - 1
 
 
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    "override",
+    ["parallel.offload=optimizer", "parallel.offload=parameters", "train.offload_activations=true",
+     "cluster.device_mapping=[0]"],
+)  # fmt: skip
+def test_what_lies_on_the_host_changes_no_number(override: str) -> None:
+    common = ("precision.compute=fp32", "train.compile=false")
+    plain = train("run.dir=runs/plain", *common).summary
+    found = train("run.dir=runs/other", *common, override).summary
+    assert found["first_eval_loss"] == pytest.approx(plain["first_eval_loss"], rel=1e-5)
+    assert found["final_eval_loss"] == pytest.approx(plain["final_eval_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe_lite"])
+@pytest.mark.parametrize("override", ["train.compile=false", "train.recompute=full", "parallel.offload=parameters"])
+def test_experts_learn_with(family: str, override: str, folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(tiny_config(family, hidden_size=64)))
+    found = train(override).summary
+    assert found["final_eval_loss"] < found["first_eval_loss"] - 1
+
+
+@pytest.mark.usefixtures("folder")
+def test_adapters_learn_and_merge() -> None:
+    whole = train("run.dir=runs/whole")
+    tuned = train(
+        f"model.path={whole.export}", "model.init=null", "run.dir=runs/lora", "lora.rank=8", "lora.merge=true",
+        "precision.compute=fp32", "optim.lr=1e-3",
+    )  # fmt: skip
+    assert tuned.summary["final_eval_loss"] < tuned.summary["first_eval_loss"]
+    assert tuned.export is not None
+    assert (tuned.export / "model.safetensors").is_file()
+
+
 def test_a_stopped_deterministic_run_ends_in_the_same_bits(folder: Path) -> None:
     common = ("run.deterministic=true", "checkpoint.every=5", "checkpoint.export_dtype=fp32")
     whole = train("run.dir=runs/whole", *common)
