@@ -5,10 +5,10 @@ Shape suffixes: T tokens of a pack, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,22 +31,6 @@ class Stack:
     """
 
     pieces: tuple[str, ...]
-
-
-class Router(Protocol):
-    """What a trainer sets and reads of a layer of experts; `model.moe.Router` says what each of it is."""
-
-    aux: float
-    z: float
-    reduce: Callable[[Tensor], Tensor]
-    part: Callable[[Tensor], Tensor]
-    counts_E: Tensor
-    aux_sum: Tensor
-    z_sum: Tensor
-
-    def begin(self, num_tokens: int | None, device: torch.device | str = "cpu") -> None: ...
-
-    def update_bias(self, rate: float, counts_E: Tensor) -> None: ...
 
 
 class CausalLM(nn.Module):
@@ -81,10 +65,6 @@ class CausalLM(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks in order: the units of recompute, compile and sharding."""
         raise NotImplementedError
-
-    def routers(self) -> Sequence[Router]:
-        """Those of the layers with experts, in order."""
-        return ()
 
     def run_rows(self, reason: str) -> None:
         """From now on run one document a row. Raises UserError where there is no other way than packed."""

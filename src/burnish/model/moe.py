@@ -421,6 +421,11 @@ class MoE(nn.Module):
         return routed_TD if self.shared_experts is None else routed_TD + self.shared_experts(hidden_TD)
 
 
+def routers_of(model: nn.Module) -> dict[str, Router]:
+    """The routers of a model's layers of experts, in order, by the names of those."""
+    return {name: module.router for name, module in model.named_modules() if isinstance(module, MoE)}
+
+
 class SparseBlock(Block):
     """One layer with experts in it."""
 
@@ -450,9 +455,6 @@ class MoELM(DecoderLM):
             gate_up = (f"{experts}.{{}}.gate_proj.weight", f"{experts}.{{}}.up_proj.weight")
             self.stacks[f"{experts}.gate_up_proj"] = Stack(gate_up)
             self.stacks[f"{experts}.down_proj"] = Stack((f"{experts}.{{}}.down_proj.weight",))
-
-    def routers(self) -> list[Router]:
-        return [block.mlp.router for block in self.blocks() if isinstance(block, SparseBlock)]
 
 
 class Qwen3MoE(MoELM):

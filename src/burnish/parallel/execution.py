@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from burnish.model.base import CausalLM, saved_buffers
 from burnish.model.lm_head import score
 from burnish.model.lora import without_base
-from burnish.model.moe import MoE, Router
+from burnish.model.moe import Router, routers_of
 from burnish.parallel.cp import ContextParallel, cut_tokens, pad
 from burnish.parallel.fsdp import Sharding
 from burnish.parallel.mesh import Mesh
@@ -59,16 +59,11 @@ class Execution:
     @property
     def is_sparse(self) -> bool:
         """Whether any layer of the model has experts."""
-        return any(isinstance(module, MoE) for module in self.model.modules())
+        return bool(routers_of(self.model))
 
     def routers(self) -> dict[str, Router]:
         """The routers of this rank's layers, by the names of those."""
-        return {
-            name: module.router
-            for model in self.stages
-            for name, module in model.named_modules()
-            if isinstance(module, MoE)
-        }
+        return {name: router for model in self.stages for name, router in routers_of(model).items()}
 
     @property
     def storage(self) -> torch.device:
@@ -172,7 +167,7 @@ class MeshExecution(Execution):
 
     @property
     def is_sparse(self) -> bool:
-        return any(isinstance(module, MoE) for module in self.whole.modules())
+        return bool(routers_of(self.whole))
 
     @property
     def storage(self) -> torch.device:

@@ -18,7 +18,7 @@ from burnish.model.attention import attend_sdpa
 from burnish.model.base import UnsupportedModel, model_shape, saved_buffers
 from burnish.model.hf_io import read_config
 from burnish.model.mla import read_sigmoid_moe
-from burnish.model.moe import Router
+from burnish.model.moe import routers_of
 from burnish.types import UserError
 
 FAMILIES = ("glm4_moe_lite", "deepseek_v3")
@@ -142,15 +142,14 @@ def test_an_adopted_model_shares_its_weights(family: str, tmp_path: Path):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
-    for router in model.routers():
+    for router in routers_of(model).values():
         router.update_bias(0.1, torch.arange(8))
     assert_equal_logits(model, peer)  # pyright: ignore[reportArgumentType]
 
 
 def test_corrections_choose_but_do_not_weigh():
     model = native("deepseek_v3")
-    router = model.routers()[0]
-    assert isinstance(router, Router)
+    router = next(iter(routers_of(model).values()))
     logits_TE = torch.randn(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     documents = documents_of([50])
     before, weights_TK = router(logits_TE, documents)

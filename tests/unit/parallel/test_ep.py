@@ -20,7 +20,7 @@ from burnish.data.pack import Layout, pack
 from burnish.model import zoo
 from burnish.model.attention import attend_sdpa
 from burnish.model.base import CausalLM
-from burnish.model.moe import Dispatch, Experts, choose_compute, dispatch_locally
+from burnish.model.moe import Dispatch, Experts, choose_compute, dispatch_locally, routers_of
 from burnish.parallel import ep, tp
 from burnish.parallel.cp import ContextParallel, Kind, cut_tokens, pad
 from burnish.parallel.degrees import Degrees
@@ -154,7 +154,7 @@ def factors_of(data_rank: int) -> Tensor:
 
 
 def begin(model: CausalLM, case: Case) -> None:
-    for router in model.routers():
+    for router in routers_of(model).values():
         router.aux, router.z = 0.1, 0.01
         router.begin(sum(LENGTHS) * case.degrees.dp_shard)
 
@@ -168,7 +168,7 @@ def one_process(case: Case) -> tuple[dict[str, Tensor], list[Tensor]]:
         hidden_TD = model(batch.tokens_T, batch.positions_T, batch.documents)
         (hidden_TD * factors_of(data_rank)).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return gradients, [router.counts_E for router in model.routers()]
+    return gradients, [router.counts_E for router in routers_of(model).values()]
 
 
 def equals_one_process(case: Case) -> None:
@@ -204,7 +204,7 @@ def equals_one_process(case: Case) -> None:
             group = mesh.expert_shards.get_group() if ".experts." in name else mesh.group("shard")
             dist.all_reduce(total, group=group)
         assert (total - expected[name]).norm() <= 1e-10 * expected[name].norm(), name
-    for router, counts_E in zip(model.routers(), expected_counts, strict=True):
+    for router, counts_E in zip(routers_of(model).values(), expected_counts, strict=True):
         dist.all_reduce(router.counts_E)
         copies = degrees.tp if not case.sequence_parallel else 1
         assert torch.equal(router.counts_E, counts_E * copies)

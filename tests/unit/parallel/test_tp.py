@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from burnish.config import RecipeError
 from burnish.model.base import CausalLM
 from burnish.model.lm_head import Head, score
+from burnish.model.moe import routers_of
 from burnish.parallel.degrees import Degrees
 from burnish.parallel.divisible import check_tensor_parallel
 from burnish.parallel.fsdp import Sharding, shard
@@ -105,7 +106,7 @@ def equals_one_process(case: Case) -> None:
         Sharding(shard(model, mesh, 3, compute=case.compute, reduce=case.compute), 3).begin(is_last=True)
     vocabulary = VocabularyParallel(mesh.axis("tp"), case.sequence_parallel)
     begin_step(model)
-    for router in model.routers():
+    for router in routers_of(model).values():
         router.part = vocabulary.cut
         router.reduce = partial(summed, case)
     tokens_T, positions_T, documents, trained_K, targets_K = make_pack()
@@ -132,7 +133,7 @@ def equals_one_process(case: Case) -> None:
 
 
 def begin_step(model: CausalLM) -> None:
-    for router in model.routers():
+    for router in routers_of(model).values():
         router.aux, router.z = 0.1, 0.01
         router.begin(sum(LENGTHS))
 
