@@ -10,7 +10,7 @@ E head dimension.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -22,7 +22,8 @@ from torch.nn import functional
 from burnish.config import RecipeError
 from burnish.model.attention import Kernel, never_compiled
 from burnish.parallel.exchange import exchange
-from burnish.parallel.ring import RingAttention, chunks_of, no_softcap
+from burnish.parallel.ring import RingAttention, no_softcap
+from burnish.parallel.zigzag import deal
 from burnish.types import Batch, Documents
 
 Kind = Literal["ring", "all_to_all"]
@@ -78,9 +79,8 @@ class ContextParallel:
         """This rank's part of a batch that is padded to `multiple`; every trained token is on exactly one rank."""
         num_tokens, device = batch.num_tokens, batch.tokens_T.device
         assert num_tokens % self.multiple == 0, (num_tokens, self.multiple)
-        length = num_tokens // self.multiple
-        starts = [chunk * length for chunk in self._chunks()]
-        here_T = torch.cat([torch.arange(start, start + length, device=device) for start in starts])
+        ranges = self._ranges(batch.documents.lengths)
+        here_T = torch.cat([torch.arange(start, end) for start, end in ranges]).to(device)
         place_T = torch.full((num_tokens,), -1, device=device)
         place_T[here_T] = torch.arange(len(here_T), device=device)
         place_K = place_T[batch.trained_K]
@@ -97,9 +97,13 @@ class ContextParallel:
             sources_K=batch.sources_K[kept_K],
         )
 
-    def _chunks(self) -> tuple[int, ...]:
+    def _ranges(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
+        """From where to where the tokens of this rank go, in a pack of documents of these lengths."""
         rank, size = self.group.rank(), self.group.size()
-        return chunks_of(rank, size) if self.kind == "ring" else (rank,)
+        if self.kind == "ring":
+            return [(piece.start, piece.end) for piece in deal(lengths, size)[rank]]
+        length = sum(lengths) // size
+        return [(rank * length, (rank + 1) * length)]
 
     def kernel(self, inner: Kernel) -> Kernel:
         """Attention over the tokens at hand. all_to_all runs `inner` on whole packs; a ring computes by itself."""

@@ -22,17 +22,8 @@ from burnish.model.lm_head import score
 from burnish.parallel.cp import ContextParallel, Kind, check_context_parallel, cut_tokens, pad, pad_to
 from burnish.parallel.degrees import Degrees
 from burnish.parallel.mesh import Mesh
-from burnish.parallel.ring import (
-    CPUEngine,
-    Engine,
-    Pair,
-    PlainEngine,
-    RingAttention,
-    VarlenEngine,
-    chunks_of,
-    meet,
-    tiles,
-)
+from burnish.parallel.ring import CPUEngine, Engine, Meeting, PlainEngine, RingAttention, VarlenEngine, tiles
+from burnish.parallel.zigzag import Span, deal
 from burnish.types import Batch, Documents, Sample
 
 KINDS: tuple[Kind, ...] = ("ring", "all_to_all")
@@ -85,6 +76,8 @@ CASES: list[Case] = [
     ((32,), 11, 4),
     ((4, 4, 4, 4, 4, 4, 4, 4), None, 1),
     ((3, 11, 10, 8), 100, 2),
+    ((23, 1, 1, 1, 17, 2, 19), None, 2),
+    ((23, 1, 1, 1, 17, 2, 19), 6, 2),
 ]
 
 
@@ -102,13 +95,13 @@ def local_attention(kind: Kind, engine: str, cases: list[Case], dtype: torch.dty
     return results
 
 
-def whole(parts: list[Tensor], kind: Kind) -> Tensor:
+def whole(parts: list[Tensor], kind: Kind, lengths: tuple[int, ...]) -> Tensor:
     """What the ranks hold, in the order of the pack."""
+    rows = torch.cat(parts)
     if kind == "all_to_all":
-        return torch.cat(parts)
-    size = len(parts)
-    chunks = {c: chunk for r, x in enumerate(parts) for c, chunk in zip(chunks_of(r, size), x.chunk(2), strict=True)}
-    return torch.cat([chunks[c] for c in range(2 * size)])
+        return rows
+    places = [torch.arange(p.start, p.end) for pieces in deal(lengths, len(parts)) for p in pieces]
+    return torch.empty_like(rows).index_copy(0, torch.cat(places), rows)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -132,7 +125,7 @@ def test_attention_over_ranks_is_that_of_the_pack(
         exact = [x.double() for x in inputs]
         expected = attended(attend_sdpa, exact, documents_of(*lengths), window)
         for name, *parts, reference in zip(NAMES, *(rank[number] for rank in by_rank), expected, strict=True):
-            found = whole(parts, kind)
+            found = whole(parts, kind, lengths)
             assert found.dtype == dtype
             message = f"{name} of {CASES[number]}"
             torch.testing.assert_close(
@@ -156,7 +149,7 @@ def test_ranks_that_share_a_pack_need_not_be_neighbours(kind: Kind):
     by_rank = run_ranks(4, attention_in_a_mesh, kind)
     expected = attended(attend_sdpa, attention_inputs(16, 2, torch.float64), documents_of(13, 3), None)
     for *parts, reference in zip(*by_rank, expected, strict=True):
-        found = torch.cat([whole(parts[tp::2], kind) for tp in (0, 1)], dim=1)
+        found = torch.cat([whole(parts[tp::2], kind, (13, 3)) for tp in (0, 1)], dim=1)
         torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)
 
 
@@ -173,11 +166,11 @@ def test_a_window_in_a_long_document_is_cut_into_blocks(engine: str):
     by_rank = run_ranks(2, long_attention, engine)
     expected = attended(attend_sdpa, attention_inputs(4096, 1, torch.float64), documents_of(4096), 300)
     for *parts, reference in zip(*by_rank, expected, strict=True):
-        torch.testing.assert_close(whole(parts, "ring"), reference, rtol=0, atol=1e-11)
-    for queries, keys in ((range(1024), range(1024)), (range(1024, 2048), range(1024))):
-        pair = meet(queries, keys, (0, 4096), 300)
-        assert pair is not None
-        for tile in tiles(pair, 300, always_blocks=False):
+        torch.testing.assert_close(whole(parts, "ring", (4096,)), reference, rtol=0, atol=1e-11)
+    rows = range(1024)
+    for distance in (0, 1024):
+        meeting = Meeting.of([Span(rows, rows, distance)], 300, torch.device("cpu"))
+        for tile in tiles(meeting, always_blocks=False):
             assert tile.queries.stop - tile.queries.start <= 512
             assert tile.keys.stop - tile.keys.start < 512 + 300, "no more keys than the window of these queries"
 
@@ -254,7 +247,7 @@ def test_the_arguments_of_flash_attention_mean_the_same():
         inputs = attention_inputs(sum(lengths), num_kv_heads, torch.float64)
         expected = attended(attend_sdpa, inputs, documents_of(*lengths), window)
         for *parts, reference in zip(*(rank[number] for rank in by_rank), expected, strict=True):
-            torch.testing.assert_close(whole(parts, "ring"), reference, rtol=0, atol=1e-12)
+            torch.testing.assert_close(whole(parts, "ring", lengths), reference, rtol=0, atol=1e-12)
 
 
 def narrow_values(kind: Kind) -> list[Tensor]:
@@ -271,7 +264,7 @@ def test_values_may_be_narrower_than_keys(kind: Kind):
     q, k, v, grad = attention_inputs(16, 2, torch.float64)
     expected = attended(attend_sdpa, [q, k, v[..., :6], grad[..., :6]], documents_of(13, 3), None)
     for *parts, reference in zip(*run_ranks(2, narrow_values, kind), expected, strict=True):
-        torch.testing.assert_close(whole(parts, kind), reference, rtol=0, atol=1e-12)
+        torch.testing.assert_close(whole(parts, kind, (13, 3)), reference, rtol=0, atol=1e-12)
 
 
 def softcapped(kind: Kind) -> Tensor:
@@ -286,7 +279,7 @@ def softcapped(kind: Kind) -> Tensor:
 def test_softcap_reaches_the_inner_kernel_and_is_refused_by_a_ring():
     q, k, v, _ = attention_inputs(16, 2, torch.float64)
     expected = attend_sdpa(q, k, v, documents_of(13, 3), 0.3, 4, softcap=2.0)
-    found = whole(run_ranks(2, softcapped, "all_to_all"), "all_to_all")
+    found = whole(run_ranks(2, softcapped, "all_to_all"), "all_to_all", (13, 3))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     config = tiny_config(attn_logit_softcapping=2.0)
     with pytest.raises(
@@ -398,23 +391,3 @@ def test_a_model_over_ranks_has_the_gradients_of_one_process(
     for name, reference in expected.items():
         found = torch.stack([rank[name] for rank in by_rank]).sum(0)
         assert (found - reference).norm() <= 1e-9 * reference.norm(), name
-
-
-def work(rank: int, size: int, lengths: tuple[int, ...]) -> int:
-    """Pairs of a query and a key that a rank of a ring computes."""
-    bounds = [0, *accumulate(lengths)]
-    length = bounds[-1] // (2 * size)
-    chunks = [range(c * length, (c + 1) * length) for c in range(2 * size)]
-    pairs = (meet(chunks[c], keys, bounds, None) for c in chunks_of(rank, size) for keys in chunks)
-    return sum(_pairs_of_tokens(pair) for pair in pairs if pair is not None)
-
-
-def _pairs_of_tokens(pair: Pair) -> int:
-    if pair.is_same:
-        return sum(n * (n + 1) // 2 for n in pair.lengths)
-    return (pair.q_end - pair.q_start) * (pair.k_end - pair.k_start)
-
-
-def test_one_long_document_is_the_same_work_on_every_rank():
-    assert len({work(rank, 4, (4096,)) for rank in range(4)}) == 1
-    assert sum(work(rank, 4, (4096,)) for rank in range(4)) == 4096 * 4097 // 2
