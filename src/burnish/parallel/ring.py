@@ -54,11 +54,17 @@ class Meeting(NamedTuple):
     def of(cls, spans: Sequence[Span], window: int | None, device: torch.device) -> Meeting:
         """Of spans that can be computed at once."""
         queries, keys = [span.queries for span in spans], [span.keys for span in spans]
-        lengths = [tuple(map(len, ranges)) for ranges in (queries, keys)]
-        bounds = [torch.tensor([0, *accumulate(each)], dtype=torch.int32).to(device) for each in lengths]
-        distance = spans[0].distance
-        rows = _rows_of(queries, device), _rows_of(keys, device)
-        return cls(*rows, lengths[0], lengths[1], *bounds, distance, None if distance is None else window)
+        q_lengths, k_lengths = tuple(map(len, queries)), tuple(map(len, keys))
+        return cls(
+            queries=_rows_of(queries, device),
+            keys=_rows_of(keys, device),
+            q_lengths=q_lengths,
+            k_lengths=k_lengths,
+            q_bounds=torch.tensor([0, *accumulate(q_lengths)], dtype=torch.int32).to(device),
+            k_bounds=torch.tensor([0, *accumulate(k_lengths)], dtype=torch.int32).to(device),
+            distance=spans[0].distance,
+            window=None if spans[0].distance is None else window,
+        )
 
 
 def _rows_of(ranges: Sequence[range], device: torch.device) -> slice | Tensor:
