@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from burnish import __version__
+from burnish.signals import Interrupted, end_on_signals
 from burnish.types import UserError
 
 EXAMPLES = """\
@@ -189,6 +190,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"burnish: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, RecipeError) or parsed.command == "inspect" else 1
+    except Interrupted as signal:
+        print(f"burnish: {signal}", file=sys.stderr)
+        # Where KeyboardInterrupt passed code made of text, such as a dataclass's, `python -m` would end by SIGINT, in
+        # place of this status, unless such code has run to its end since.
+        exec("")
+        return signal.status
     except KeyboardInterrupt:
         print("burnish: stopped", file=sys.stderr)
         return 130
@@ -205,20 +212,8 @@ def _run(parsed: argparse.Namespace) -> int:
         print(json.dumps(json_schema(), indent=2))
         return 0
     if parsed.command == "sft":
-        from burnish.cluster.launch import serve_as_peer
-
-        status = serve_as_peer(os.environ)
-        if status is not None:
-            return status
-        from burnish.recipe import read_recipe
-
-        recipe = read_recipe(parsed.recipe, parsed.overrides)
-        from burnish.sft import SFT
-
-        if parsed.dry_run:
-            SFT(recipe).dry_run()
-            return 0
-        return SFT(recipe).train().interrupted or 0
+        with end_on_signals():
+            return _sft(parsed)
     if parsed.command == "inspect":
         from burnish.inspect import Request, inspect
 
@@ -251,3 +246,20 @@ def _run(parsed: argparse.Namespace) -> int:
         if parsed.command == "chat"
         else run_generate(parsed.model, parsed.prompt, **common)
     )
+
+
+def _sft(parsed: argparse.Namespace) -> int:
+    from burnish.cluster.launch import serve_as_peer
+
+    status = serve_as_peer(os.environ)
+    if status is not None:
+        return status
+    from burnish.recipe import read_recipe
+
+    recipe = read_recipe(parsed.recipe, parsed.overrides)
+    from burnish.sft import SFT
+
+    if parsed.dry_run:
+        SFT(recipe).dry_run()
+        return 0
+    return SFT(recipe).train().interrupted or 0

@@ -8,14 +8,12 @@ import logging
 import math
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal, Protocol
 
 from burnish.config import CheckpointConfig, EvaluateConfig, RecipeError
@@ -278,34 +276,3 @@ class Run:
         now = time.monotonic()
         self.progress.seconds += now - self._counted_at
         self._counted_at = now
-
-
-@contextmanager
-def stop_on_signals(
-    run: Run, end_at_once: Callable[[int], None], limit: Callable[[int], threading.Timer]
-) -> Iterator[None]:
-    """SIGINT and SIGTERM let the current step finish and end the loop; a second one calls `end_at_once` with the exit
-    status. At a SIGTERM, whose sender will not wait for ever, `limit` starts a timer, which ends with the block.
-
-    Python hands signals to the main thread alone: in another, nothing is changed.
-    """
-
-    timers: list[threading.Timer] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if run.interrupted is not None:
-            end_at_once(128 + number)
-        run.interrupted = signal.Signals(number)
-        if number == signal.SIGTERM:
-            timers.append(limit(128 + number))
-        LOG.info(f"{signal.Signals(number).name}: finishing the step, then saving; again stops at once")
-
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    previous = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield
-    finally:
-        for timer in timers:
-            timer.cancel()
-        for number, handler in previous.items():
-            signal.signal(number, handler)

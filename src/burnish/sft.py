@@ -50,7 +50,8 @@ from burnish.parallel.degrees import Degrees
 from burnish.rank import Rank, RankGroup, choose_layout, evaluation_layout
 from burnish.recipe import dump, read_recipe, recipe_from_dict
 from burnish.resume import altering_keys, check_resumable
-from burnish.run import Progress, Run, RunFolder, stop_on_signals
+from burnish.run import Progress, Run, RunFolder
+from burnish.signals import stop_on_signals
 from burnish.train.checkpoint import (
     TRACKER,
     SavedTensors,
@@ -127,9 +128,14 @@ class SFT:
         self._given_model = model
         self.is_alone = _is_alone(self.recipe)
         if model is not None and not self.is_alone:
+            why = (
+                "parallel.offload=parameters reads weights piece by piece into the host's memory"
+                if _is_one_process(self.recipe)
+                else "the recipe's cluster and parallel have several ranks"
+            )
             raise RecipeError(
-                "a model that is passed in lies in this process, and the recipe's cluster and parallel have several "
-                "ranks; save it to a folder and name that in model.path"
+                f"a model that is passed in lies in this process, and {why}; save it to a folder and name that in "
+                "model.path"
             )
         self.parts = self._whole if self.is_alone else DriverComponents(self.recipe, self.folder.path, **self._given)
         self._progress = Progress()
@@ -388,8 +394,16 @@ class SFT:
         )
 
     def _answers(self, trainer: Rank | RankGroup) -> Sequence[tuple[str, str]]:
-        prompts, longest = self.recipe.evaluate.prompts, self.recipe.evaluate.max_new_tokens
-        return list(zip(prompts, trainer.answers(prompts, longest), strict=True))
+        from burnish.generate import encode  # transformers takes seconds to import
+
+        prompts, longest, tokenizer = (
+            self.recipe.evaluate.prompts,
+            self.recipe.evaluate.max_new_tokens,
+            self.parts.tokenizer,
+        )
+        encoded = [encode(tokenizer, prompt) for prompt in prompts]
+        ids = trainer.answers(encoded, self.parts.tokenizer_facts, longest)
+        return list(zip(prompts, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True))
 
     def _fit(self, session: Session, run: Run) -> int | None:
         """Run the loop; returns the exit status of the signal that ended it, None where it came to its end."""
@@ -414,10 +428,11 @@ class SFT:
                 # Who ends a host tells its ranks as well; there is nothing to start again for.
                 LOG.warning("ranks were lost while the run was ending; the last checkpoint stands")
                 return 128 + run.interrupted
-            if run.interrupted is None:
-                return None
-            run.save(session.trainer, session.source)
-            session.trainer.finish_saves()
+            if run.interrupted is not None:
+                run.save(session.trainer, session.source)
+            session.trainer.finish_saves()  # behind this block a signal ends the run as it is
+        if run.interrupted is None:
+            return None
         session.console.close()
         session.console.notice(
             f"{run.interrupted.name}: saved step {run.progress.step} of {run.total_steps}; "
@@ -454,10 +469,13 @@ class SFT:
 
 
 def _is_alone(recipe: Recipe) -> bool:
-    """Whether the run is one process, which trains by itself."""
+    """Whether the run's trainer is not sharded, and lies in this process."""
+    return _is_one_process(recipe) and recipe.parallel.offload != "parameters"
+
+
+def _is_one_process(recipe: Recipe) -> bool:
     is_on_cpu = recipe.run.device == "cpu" or not torch.cuda.is_available()
-    is_sharded = recipe.parallel.offload == "parameters"
-    return not is_sharded and is_local(recipe.cluster, "cpu" if is_on_cpu else "cuda")
+    return is_local(recipe.cluster, "cpu" if is_on_cpu else "cuda")
 
 
 def _fits(recipe: Recipe, world: int) -> bool:
@@ -492,7 +510,7 @@ def _export(
     )
     return write_export(
         target,
-        lambda folder: rank.export(folder.resolve(), DTYPES[recipe.checkpoint.export_dtype]),
+        lambda folder: rank.export(folder, DTYPES[recipe.checkpoint.export_dtype]),
         parts.tokenizer,
         parts.generation_config,
         stop_ids(parts.tokenizer_facts, model.config, parts.generation_config),

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hosts import Hosts, Training, await_end, name_of
@@ -86,6 +87,44 @@ def test_nothing_outlives_a_killed_driver_and_the_run_goes_on_from_its_checkpoin
         run.until_step(run.steps[-1]["step"] + 2)  # of the run before, at first
         run.process.send_signal(signal.SIGTERM)
         assert timed(run, "SIGTERM") == 128 + signal.SIGTERM
+        assert "SIGTERM: saved step" in run.output
+    latest = int((run.run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    assert latest == run.steps[-1]["step"]
+
+
+def starts_a_cluster(run: Training) -> bool:
+    return any("gcs_server" in name_of(pid) for pid in run.processes)
+
+
+@pytest.mark.parametrize(
+    ("number", "when"),
+    [
+        (signal.SIGTERM, starts_a_cluster),
+        pytest.param(signal.SIGINT, lambda run: bool(run.ranks), marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, lambda run: "every rank ready" in run.output, marks=pytest.mark.slow),
+    ],
+    ids=["as-ray-starts", "as-ranks-meet", "ranks-ready"],
+)
+def test_a_signal_ends_a_start_at_once(shop: Workshop, timed, number: signal.Signals, when: Any) -> None:
+    with Training(shop.folder, "runs/a", TWO) as run:
+        run.until(lambda: when(run))
+        os.killpg(run.process.pid, number)
+        assert timed(run, f"{number.name} to the group before step 1") == 128 + number
+        assert run.output.splitlines()[-1].startswith(f"burnish: {number.name}: stopped, while no step was under way")
+        assert "Traceback" not in run.output
+        assert "***" not in run.output  # with which traces of C++ begin
+    if number == signal.SIGINT:
+        with Training(shop.folder, "runs/a", TWO, "train.steps=2") as run:
+            assert run.end() == 0, run.output
+
+
+def test_a_signal_to_all_processes_at_once_lets_the_step_finish(shop: Workshop, timed) -> None:
+    """As `timeout` does, and Ctrl-C in a terminal: to the driver, and to the group with all that stand in it."""
+    with Training(shop.folder, "runs/a", TWO) as run:
+        run.until_step(3)
+        os.kill(run.process.pid, signal.SIGTERM)
+        os.killpg(run.process.pid, signal.SIGTERM)
+        assert timed(run, "SIGTERM to the group") == 128 + signal.SIGTERM
         assert "SIGTERM: saved step" in run.output
     latest = int((run.run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
     assert latest == run.steps[-1]["step"]

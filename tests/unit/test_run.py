@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from burnish.config import RecipeError
 from burnish.observe.metrics import Totals
-from burnish.run import Cadence, Progress, RunFolder, stop_on_signals
+from burnish.run import Cadence, Progress, RunFolder
 from burnish.types import UserError
 
 
@@ -57,24 +53,3 @@ def test_a_run_folder_that_cannot_be_made_is_the_recipes_fault(tmp_path: Path) -
     (tmp_path / "file").write_text("")
     with pytest.raises(RecipeError, match=r"run\.dir=.*file cannot be made"), RunFolder(tmp_path / "file").lock():
         pass
-
-
-def test_a_second_signal_ends_the_process_at_once_and_sigterm_has_a_limit() -> None:
-    ended: list[int] = []
-    limits: list[int] = []
-    timer = threading.Timer(60, lambda: None)
-
-    def limit(status: int) -> threading.Timer:
-        limits.append(status)
-        timer.start()
-        return timer
-
-    run: Any = SimpleNamespace(interrupted=None)
-    before = signal.getsignal(signal.SIGINT)
-    with stop_on_signals(run, ended.append, limit):
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert (run.interrupted, ended) == (signal.SIGTERM, [])
-        os.kill(os.getpid(), signal.SIGINT)
-        assert (ended, limits) == ([130], [143])
-    assert timer.finished.is_set(), "a run that ended in time is not ended again"
-    assert signal.getsignal(signal.SIGINT) is before

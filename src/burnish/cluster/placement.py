@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -66,7 +69,8 @@ def connected(config: ClusterConfig, device: str) -> Iterator[None]:
         if folder is None:
             namespace = f"burnish-{secrets.token_hex(4)}"
             try:
-                ray.init(address=config.address, namespace=namespace, **quiet)
+                with _apart_from_signals():
+                    ray.init(address=config.address, namespace=namespace, **quiet)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise ClusterError(
                     f"cluster.address={config.address}: no Ray cluster answers there "
@@ -76,14 +80,15 @@ def connected(config: ClusterConfig, device: str) -> Iterator[None]:
             devices = local_devices(config, device)
             stack.enter_context(janitor(folder[0]))
             os.environ[MARK] = str(folder[0])
-            ray.init(
-                address="local",
-                num_cpus=devices,
-                object_store_memory=config.object_store_memory,
-                include_dashboard=False,
-                _temp_dir=str(folder[0]),
-                **quiet,
-            )
+            with _apart_from_signals():
+                ray.init(
+                    address="local",
+                    num_cpus=devices,
+                    object_store_memory=config.object_store_memory,
+                    include_dashboard=False,
+                    _temp_dir=str(folder[0]),
+                    **quiet,
+                )
         os.environ.pop(MARK, None)
         logger.setLevel("ERROR")
         sys.excepthook = excepthook  # Ray's tells the head before it shows anything, and waits if that is gone
@@ -97,6 +102,32 @@ def connected(config: ClusterConfig, device: str) -> Iterator[None]:
         stack.close()
         if folder is not None:
             folder[1].close()
+
+
+@contextlib.contextmanager
+def _apart_from_signals() -> Iterator[None]:
+    """For a start of Ray: its processes get process groups of their own, so that Ctrl-C in a terminal and whatever else
+    is sent to ours reaches the driver alone; and what the driver does at a signal stays as it is. What comes meanwhile
+    is handled at the end: Ray that was left half started brings the interpreter down."""
+    from ray._private import services, utils
+
+    popen, set_handler = services.ConsolePopen, utils.set_sigterm_handler
+    is_main = threading.current_thread() is threading.main_thread()
+    came: list[int] = []
+    previous = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in ((signal.SIGINT, signal.SIGTERM) if is_main else ())
+    }
+    services.ConsolePopen = functools.partial(popen, process_group=0)
+    utils.set_sigterm_handler = lambda _: None
+    try:
+        yield
+    finally:
+        services.ConsolePopen, utils.set_sigterm_handler = popen, set_handler
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    for number in came[:1]:
+        signal.raise_signal(number)
 
 
 def _own_folder() -> tuple[Path, Any]:
