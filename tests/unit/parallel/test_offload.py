@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from tiny import native_model, tiny_config
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from burnish.parallel import offload
-from burnish.parallel.recompute import Blocks
+from burnish.parallel.recompute import SAVED_BY_SELECTIVE, Blocks, recompute_blocks
 from burnish.types import Documents
 
 
@@ -72,3 +74,30 @@ def test_every_second_block_is_recomputed_and_full_keeps_inputs_alone(monkeypatc
     documents = Documents(torch.tensor([0, 9], dtype=torch.int32), (9,))
     model(torch.arange(9), torch.arange(9), documents).sum().backward()
     assert calls == [0, 1, 2, 3, 2, 0]
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products and everything else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[bool] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func in SAVED_BY_SELECTIVE] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "glm4_moe_lite"])
+def test_selective_computes_no_product_again(family: str) -> None:
+    counts = {}
+    for mode in ("none", "selective", "full"):
+        model = native_model(tiny_config(family), torch.float32)
+        recompute_blocks(model.blocks(), mode)
+        documents = Documents(torch.tensor([0, 9], dtype=torch.int32), (9,))
+        hidden_TD = model(torch.arange(9), torch.arange(9), documents)
+        with Products() as products:
+            hidden_TD.sum().backward()
+        counts[mode] = products.counts
+    assert counts["selective"][True] == counts["none"][True] < counts["full"][True]
+    assert counts["selective"][False] > counts["none"][False]
