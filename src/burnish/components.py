@@ -170,14 +170,7 @@ class Components:
 
     @cached_property
     def tokenizer_facts(self) -> TokenizerFacts:
-        tokenizer = self.tokenizer
-        return TokenizerFacts(
-            largest_id=max(tokenizer.get_vocab().values()),
-            bos=tokenizer.bos_token_id,
-            eos=tokenizer.eos_token_id,
-            pad=tokenizer.pad_token_id,
-            name=f"the tokenizer {self.recipe.model.tokenizer or tokenizer.name_or_path}",
-        )
+        return TokenizerFacts.of(self.tokenizer, self.recipe.model.tokenizer)
 
     @property
     def num_embeddings(self) -> int:

@@ -23,6 +23,7 @@ from burnish.model.base import CausalLM, saved_buffers
 from burnish.model.hf_io import find_folder
 from burnish.model.hf_model import HFModel, config_of, read_inner
 from burnish.model.lora import put_adapters_like, settings_of
+from burnish.model.vocabulary import TokenizerFacts
 from burnish.types import UserError
 
 Turn = dict[str, Any]
@@ -82,13 +83,26 @@ def generate(
     """
     inner = as_hf_model(model) if isinstance(model, CausalLM) else model
     encoded = [encode(tokenizer, prompt, system) for prompt in prompts]
-    answers: list[str] = []
+    answers = continue_all(inner, TokenizerFacts.of(tokenizer), encoded, max_new_tokens, temperature, seed)
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+
+def continue_all(
+    inner: PreTrainedModel,
+    tokenizer: TokenizerFacts,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[list[int]]:
+    """`generate` from ids to ids, with what fills up the rows of a batch behind an answer's end."""
+    answers: list[list[int]] = []
     devices = [inner.device] if inner.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        for start in range(0, len(encoded), BATCH_SIZE):
-            new_BL = _continue(inner, tokenizer, encoded[start : start + BATCH_SIZE], max_new_tokens, temperature)
-            answers += tokenizer.batch_decode(new_BL, skip_special_tokens=True)
+        for start in range(0, len(prompts), BATCH_SIZE):
+            few = prompts[start : start + BATCH_SIZE]
+            answers += _continue(inner, tokenizer, few, max_new_tokens, temperature).tolist()
     return answers
 
 
@@ -112,7 +126,7 @@ def encode(tokenizer: Tokenizer, prompt: Prompt, system: str | None = None) -> l
 @torch.no_grad()
 def _continue(
     inner: PreTrainedModel,
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerFacts,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     temperature: float,
@@ -136,11 +150,11 @@ def _room(inner: PreTrainedModel, num_tokens: int) -> int:
 
 
 def _generation_config(
-    inner: PreTrainedModel, tokenizer: Tokenizer, max_new_tokens: int, temperature: float
+    inner: PreTrainedModel, tokenizer: TokenizerFacts, max_new_tokens: int, temperature: float
 ) -> GenerationConfig:
     """Plain sampling: what a checkpoint's generation_config.json suggests besides its stop tokens is not taken over."""
     stop_ids = _stop_ids(inner, tokenizer)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stop_ids), 0)
+    pad_id = tokenizer.pad if tokenizer.pad is not None else next(iter(stop_ids), 0)
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     )
@@ -150,9 +164,9 @@ def _generation_config(
     )
 
 
-def _stop_ids(inner: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
+def _stop_ids(inner: PreTrainedModel, tokenizer: TokenizerFacts) -> list[int]:
     of_model = inner.generation_config.eos_token_id if inner.generation_config else None
-    ids = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
+    ids = [tokenizer.eos, *(of_model if isinstance(of_model, list) else [of_model])]
     return list(dict.fromkeys(i for i in ids if i is not None))
 
 
@@ -203,7 +217,7 @@ def run_generate(
     """`burnish generate`: print the answer as it comes. Returns the exit status."""
     inner, tokenizer = load_for_answers(name)
     tokens = encode(tokenizer, prompt, system)
-    _continue(inner, tokenizer, [tokens], max_new_tokens, temperature, _Printer(tokenizer))
+    _continue(inner, TokenizerFacts.of(tokenizer), [tokens], max_new_tokens, temperature, _Printer(tokenizer))
     return 0
 
 
@@ -255,7 +269,7 @@ def _answer(
     tokens = encode(tokenizer, turns if tokenizer.chat_template else text)
     printer = _Printer(tokenizer)
     try:
-        _continue(inner, tokenizer, [tokens], max_new_tokens, temperature, printer)
+        _continue(inner, TokenizerFacts.of(tokenizer), [tokens], max_new_tokens, temperature, printer)
     except KeyboardInterrupt:
         printer.end()
         print("(stopped)")

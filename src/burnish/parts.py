@@ -167,13 +167,7 @@ def _open_by_transformers(place: str, trust_remote_code: bool, is_reachable: boo
             f"({str(error).splitlines()[0]})"
         ) from None
     text = TextTokenizer.from_transformers(loaded)
-    facts = TokenizerFacts(
-        max(loaded.get_vocab().values()),
-        loaded.bos_token_id,
-        loaded.eos_token_id,
-        loaded.pad_token_id,
-        f"the tokenizer {place}",
-    )
+    facts = TokenizerFacts.of(loaded, place)
     added = {number: token.content for number, token in loaded.added_tokens_decoder.items()}
     return OpenedTokenizer(text.backend, text.special_tokens, text.chat_template, added, facts)
 

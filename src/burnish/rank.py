@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,10 @@ from burnish.cluster.ranks import Place, Ranks
 from burnish.components import Components, RankComponents
 from burnish.config import Recipe, RecipeError
 from burnish.data.pack import Layout, Packs
-from burnish.model.hf_io import named_weights
-from burnish.observe.metrics import memory_of
+from burnish.model.vocabulary import TokenizerFacts
+from burnish.observe.metrics import Stopwatch, fetched, memory_of
 from burnish.parallel import weights
 from burnish.parallel.degrees import Degrees
-from burnish.parallel.execution import MeshExecution
 from burnish.parallel.mesh import Mesh
 from burnish.recipe import recipe_from_dict
 from burnish.train.checkpoint import load_checkpoint
@@ -153,9 +152,9 @@ class Rank:
         self.kill()
         os._exit(status)
 
-    def publish(self) -> Mapping[str, Tensor]:
-        """The master weights by their Hugging Face names, whole and on the CPU; on other ranks than 0 nothing."""
-        return dict(weights.gather(self.parts.execution.parameters(), order=self._order))
+    def publish(self, take: Callable[[Iterator[tuple[str, Tensor]]], Any], dtype: torch.dtype | None = None) -> Any:
+        """As `LocalTrainer.publish`."""
+        return self._trainer.publish(take, dtype)
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
         """Write config.json and weights, or an adapter, into an existing folder, which rank 0 sees."""
@@ -164,27 +163,15 @@ class Rank:
             base = self.parts.recipe.model.path
             weights.export_adapter(execution.stages, folder, dtype, base)
         else:
-            weights.export(execution.stages, folder, dtype, self._order)
+            weights.export(execution.stages, folder, dtype, execution.weight_names())
 
-    def answers(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """A greedy answer to each prompt; on other ranks than 0 none."""
-        from burnish.generate import as_hf_model, generate  # transformers takes seconds to import
+    def answers(
+        self, prompts: Sequence[Sequence[int]], tokenizer: TokenizerFacts, max_new_tokens: int
+    ) -> list[list[int]]:
+        """The ids of a greedy answer to each prompt, which are ids too; `tokenizer` says what ends one."""
+        from burnish.generate import as_hf_model, continue_all  # transformers takes seconds to import
 
-        execution = self.parts.execution
-        if isinstance(execution, MeshExecution):
-            whole = weights.gather_full(execution.stages, self.parts.compute)
-            if not _is_first():
-                return []
-            inner = as_hf_model(execution.whole, whole)
-        else:
-            inner = as_hf_model(execution.model)
-        return generate(inner, self.parts.tokenizer, prompts, max_new_tokens=max_new_tokens)
-
-    @property
-    def _order(self) -> list[str]:
-        execution = self.parts.execution
-        whole = execution.whole if isinstance(execution, MeshExecution) else execution.model
-        return list(named_weights(whole))
+        return continue_all(as_hf_model(self.parts.execution.model), tokenizer, prompts, max_new_tokens)
 
 
 def _check_routing(recipe: Recipe, is_sparse: bool) -> None:
@@ -197,12 +184,31 @@ def _check_routing(recipe: Recipe, is_sparse: bool) -> None:
             )
 
 
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+def answering_device(device: torch.device, num_bytes: int) -> torch.device:
+    """Where a whole model of that size answers: on `device`, or on the host where it does not fit beside the rest."""
+    if device.type != "cuda":
+        return device
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if num_bytes <= ANSWERING_SHARE * free:
+        return device
+    LOG.warning(
+        "answering evaluate.prompts on the host, which is slow: the whole model takes %.1f GiB, and %s has %.1f free",
+        num_bytes / 2**30,
+        device,
+        free / 2**30,
+    )
+    return torch.device("cpu")
+
+
+ANSWERING_SHARE = 0.9
+"""What of the free memory the weights of a model that answers may take; the rest is for keys and values."""
 
 
 class SeatedRank(Rank):
     """A rank in a process of its own, which gets packs and gives numbers."""
+
+    parts: RankComponents
 
     def __init__(self, place: Place, recipe: dict[str, Any], folder: str) -> None:
         checked = recipe_from_dict(recipe)
@@ -211,26 +217,58 @@ class SeatedRank(Rank):
         self._held = ExitStack()  # to the end of this process
         self._held.enter_context(parts.determinism())
         super().__init__(parts)
+        self._stopwatch = Stopwatch(parts.device.type)
+        self._whole: Any = None
         phase("modules imported, mesh")
         held = sum(weights.local_part(p)[0].numel() for p in parts.execution.parameters().values())
         phase(f"weights: {held:,} of {parts.loaded.num_parameters:,} parameters on this rank")
 
-    def step_packs(self, packs: Mapping[str, Any]) -> dict[str, tuple[float, float]] | None:
-        """`step` of what `packed` made; statistics as (sum, weight), where this rank has them."""
-        return self._numbers(self.step(unpacked(packs)))
+    def prepare(self, total_steps: int, clock: Clock | None = None) -> None:
+        """As of any rank; times are told with a step's statistics."""
+        super().prepare(total_steps, clock or self._stopwatch)
+
+    def step_packs(self, packs: Mapping[str, Any]) -> tuple[Numbers | None, dict[str, float]]:
+        """`step` of what `packed` made: statistics, where this rank has them, and the seconds of its parts."""
+        return self._numbers(self.step(unpacked(packs))), self._stopwatch.take()
 
     def rehearse_packs(self, longest: int, packs: Mapping[str, Any]) -> None:
         """`rehearse` of what `packed` made."""
         self.rehearse(unpacked(packs), longest)
 
-    def evaluate_packs(self, packs: Mapping[str, Any]) -> dict[str, tuple[float, float]] | None:
+    def evaluate_packs(self, packs: Mapping[str, Any]) -> Numbers | None:
         """`evaluate` of what `packed` made."""
         return self._numbers(self.evaluate(unpacked(packs)))
 
-    def _numbers(self, stats: Stats) -> dict[str, tuple[float, float]] | None:
-        if "loss" not in stats:
-            return None
-        return {name: (float(value.sum), float(value.weight)) for name, value in stats.items()}
+    def _numbers(self, stats: Stats) -> Numbers | None:
+        return fetched(stats) if "loss" in stats else None
+
+    def gather_model(self) -> None:
+        """Make the whole model on rank 0, in the compute type, from what all ranks hold; `answers` needs it."""
+        from burnish.generate import as_hf_model
+
+        execution, compute = self.parts.execution, self.parts.compute
+        device = self.parts.device
+        if dist.get_rank() == 0:
+            device = answering_device(device, self.parts.loaded.num_parameters * compute.itemsize)
+        whole = weights.gather_full(execution.stages, compute, device)
+        if dist.get_rank() == 0:
+            self._whole = as_hf_model(execution.whole, whole)
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], tokenizer: TokenizerFacts, max_new_tokens: int
+    ) -> list[list[int]]:
+        """As of any rank, of the model that `gather_model` made; on other ranks than 0 none."""
+        from burnish.generate import continue_all
+
+        return [] if self._whole is None else continue_all(self._whole, tokenizer, prompts, max_new_tokens)
+
+    def drop_model(self) -> None:
+        """Give back what `gather_model` took."""
+        self._whole = None
+
+
+Numbers = dict[str, tuple[float, float]]
+"""Statistics by name, as sum and weight."""
 
 
 def packed(inputs: StepInput) -> list[dict[str, Any]]:
@@ -261,7 +299,7 @@ class RankGroup:
 
     ranks: Ranks
     degrees: Degrees
-    _clock: Clock = field(default=lambda name: nullcontext(), repr=False)
+    _stopwatch: Stopwatch | None = None
 
     @property
     def world_size(self) -> int:
@@ -275,8 +313,9 @@ class RankGroup:
         packs = packed(inputs)
         return self.ranks.call(method, *args, by_rank=[packs[data_rank] for data_rank in self._data_ranks])
 
-    def _stats(self, method: str, inputs: StepInput) -> Stats:
-        numbers = next(found for found in self._call_with(method, inputs) if found is not None)
+    @staticmethod
+    def _stats(found: Sequence[Numbers | None]) -> Stats:
+        numbers = next(numbers for numbers in found if numbers is not None)
         return {name: Weighted(*pair) for name, pair in numbers.items()}
 
     def kill(self) -> None:
@@ -302,44 +341,62 @@ class RankGroup:
         found = self.ranks.call("memory")
         return {name: max(of_rank[name] for of_rank in found) for name in found[0]}
 
-    def prepare(self, total_steps: int, clock: Clock | None = None) -> None:
-        """As of a rank; `clock` times `step`, all of it, as the driver waits for it."""
-        if clock is not None:
-            self._clock = clock
+    def prepare(self, total_steps: int, stopwatch: Stopwatch | None = None) -> None:
+        """As of a rank; `stopwatch` is told of each part of a step how long it took the slowest rank."""
+        self._stopwatch = stopwatch
         self.ranks.call("prepare", total_steps)
 
     def step(self, inputs: StepInput) -> Stats:
-        with self._clock("step"):
-            return self._stats("step_packs", inputs)
+        numbers, times = zip(*self._call_with("step_packs", inputs), strict=True)
+        if self._stopwatch is not None:
+            for name in times[0]:
+                self._stopwatch.add(name, max(of_rank[name] for of_rank in times))
+        return self._stats(numbers)
 
     def rehearse(self, inputs: StepInput, longest: int) -> None:
         self._call_with("rehearse_packs", inputs, longest)
 
     def evaluate(self, inputs: StepInput) -> Stats:
-        return self._stats("evaluate_packs", inputs)
+        return self._stats(self._call_with("evaluate_packs", inputs))
 
     def save(
         self, folder: str, state: dict[str, Any], keep: int | None = None, protect: Set[int] = frozenset()
     ) -> None:
-        self.ranks.call("save", folder, state, keep, protect)
+        self.ranks.call("save", _everywhere(folder), state, keep, protect)
 
     def finish_saves(self) -> None:
         self.ranks.call("finish_saves")
 
     def load(self, folder: str) -> dict[str, Any]:
-        return self.ranks.call("load", folder)[0]
+        return self.ranks.call("load", _everywhere(folder))[0]
 
     def load_weights(self, folder: Path) -> dict[str, Any]:
-        return self.ranks.call("load_weights", folder)[0]
+        return self.ranks.call("load_weights", Path(_everywhere(folder)))[0]
 
-    def publish(self) -> Mapping[str, Tensor]:
-        return self.ranks.call("publish")[0]
+    def publish(self, take: Callable[[Iterator[tuple[str, Tensor]]], Any], dtype: torch.dtype | None = None) -> Any:
+        return self.ranks.call("publish", take, dtype)[0]
 
     def export(self, folder: Path, dtype: torch.dtype) -> None:
-        self.ranks.call("export", folder, dtype)
+        self.ranks.call("export", Path(_everywhere(folder)), dtype)
 
-    def answers(self, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        return self.ranks.call("answers", prompts, max_new_tokens)[0]
+    def answers(
+        self, prompts: Sequence[Sequence[int]], tokenizer: TokenizerFacts, max_new_tokens: int
+    ) -> list[list[int]]:
+        """As of a rank, in calls of few prompts: while rank 0 answers those, the others wait for the next call."""
+        from burnish.generate import BATCH_SIZE
+
+        self.ranks.call("gather_model")
+        answers: list[list[int]] = []
+        for start in range(0, len(prompts), BATCH_SIZE):
+            few = prompts[start : start + BATCH_SIZE]
+            answers += self.ranks.call("answers", few, tokenizer, max_new_tokens)[0]
+        self.ranks.call("drop_model")
+        return answers
+
+
+def _everywhere(folder: str | Path) -> str:
+    """A path as ranks understand it, whose working directory may be another."""
+    return str(Path(folder).resolve())
 
 
 def choose_layout(recipe: Recipe, rank: Rank | RankGroup) -> Layout:

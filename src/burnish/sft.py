@@ -396,14 +396,10 @@ class SFT:
     def _answers(self, trainer: Rank | RankGroup) -> Sequence[tuple[str, str]]:
         from burnish.generate import encode  # transformers takes seconds to import
 
-        prompts, longest, tokenizer = (
-            self.recipe.evaluate.prompts,
-            self.recipe.evaluate.max_new_tokens,
-            self.parts.tokenizer,
-        )
-        encoded = [encode(tokenizer, prompt) for prompt in prompts]
-        ids = trainer.answers(encoded, self.parts.tokenizer_facts, longest)
-        return list(zip(prompts, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True))
+        asked, tokenizer = self.recipe.evaluate, self.parts.tokenizer
+        prompts = [encode(tokenizer, prompt) for prompt in asked.prompts]
+        ids = trainer.answers(prompts, self.parts.tokenizer_facts, asked.max_new_tokens)
+        return list(zip(asked.prompts, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True))
 
     def _fit(self, session: Session, run: Run) -> int | None:
         """Run the loop; returns the exit status of the signal that ended it, None where it came to its end."""

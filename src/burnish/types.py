@@ -7,7 +7,7 @@ Shape suffixes: T tokens and K trained tokens of a pack, N its documents, D hidd
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -322,4 +322,10 @@ class Trainer(Evaluator, Protocol):
 
     def load(self, folder: str) -> dict[str, Any]: ...
 
-    def publish(self) -> Mapping[str, torch.Tensor]: ...
+    def publish(
+        self, take: Callable[[Iterator[tuple[str, torch.Tensor]]], Any], dtype: torch.dtype | None = None
+    ) -> Any:
+        """What `take` makes of the weights (name, tensor), whole, by a checkpoint's names, on the CPU and one after the
+        other: in the type of the masters, or in `dtype`. A tensor may share a parameter's memory. Where there are
+        several ranks, `take` travels to the first and is called there."""
+        ...

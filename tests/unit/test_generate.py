@@ -252,8 +252,8 @@ def test_a_chat_grows_until_it_is_reset(chat: Chat) -> None:
     assert third == [("system", "be quick"), ("user", "numbers")]
 
 
-def test_ctrl_c_stops_an_answer_but_not_the_chat(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(inner: Any, tokenizer: Any, prompts: Any, *options: Any) -> None:
+def test_ctrl_c_stops_an_answer_but_not_the_chat(chat: Chat, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(inner: Any, facts: Any, prompts: Any, *options: Any) -> None:
         printer = options[-1]
         printer.put(torch.tensor(prompts))
         printer.put(torch.tensor(tokenizer("the fox", add_special_tokens=False)["input_ids"]))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 
 from burnish.data.pack import Layout, pack
+from burnish.model.vocabulary import TokenizerFacts
+from burnish.observe.metrics import Stopwatch
 from burnish.parallel.degrees import Degrees
-from burnish.rank import RankGroup, packed, unpacked
+from burnish.rank import RankGroup, answering_device, packed, unpacked
 from burnish.types import Sample, StepInput, Weighted
 
 
@@ -21,6 +25,7 @@ class FakeRanks:
 
     answers: dict[str, list[Any]]
     asked: list[tuple[str, Sequence[Any] | None]] = field(default_factory=list)
+    given: list[tuple[Any, ...]] = field(default_factory=list)
 
     @property
     def world_size(self) -> int:
@@ -28,6 +33,7 @@ class FakeRanks:
 
     def call(self, method: str, *args: Any, by_rank: Sequence[Any] | None = None) -> list[Any]:
         self.asked.append((method, by_rank))
+        self.given.append(args)
         return self.answers[method]
 
 
@@ -61,7 +67,8 @@ def test_a_step_is_the_same_behind_the_wire() -> None:
 
 
 def test_peers_of_a_data_rank_share_one_object_and_one_rank_tells_the_statistics() -> None:
-    trainer, ranks = group({"step_packs": [None, {"loss": (6.0, 3.0)}, None, {"loss": (6.0, 3.0)}]})
+    told = ({"loss": (6.0, 3.0)}, {})
+    trainer, ranks = group({"step_packs": [(None, {}), told, (None, {}), told]})
     assert trainer.step(inputs(2)) == {"loss": Weighted(6.0, 3.0)}
     ((_, by_rank),) = ranks.asked
     assert by_rank is not None
@@ -70,18 +77,45 @@ def test_peers_of_a_data_rank_share_one_object_and_one_rank_tells_the_statistics
     assert by_rank[0] is not by_rank[2]
 
 
-def test_the_driver_times_a_step_of_its_ranks() -> None:
-    timed: list[str] = []
-
-    @contextmanager
-    def clock(name: str) -> Iterator[None]:
-        timed.append(name)
-        yield
-
-    trainer, _ = group({"prepare": [None] * 4, "step_packs": [{"loss": (6.0, 3.0)}] * 4})
-    trainer.prepare(1, clock)
+def test_the_parts_of_a_step_take_as_long_as_on_the_slowest_rank() -> None:
+    times = [{"forward_backward": forward, "optimizer": 3.0 - forward} for forward in (1.0, 2.0, 0.5, 1.5)]
+    trainer, _ = group({"prepare": [None] * 4, "step_packs": [({"loss": (6.0, 3.0)}, of_rank) for of_rank in times]})
+    stopwatch = Stopwatch()
+    trainer.prepare(2, stopwatch)
     trainer.step(inputs(2))
-    assert timed == ["step"]
+    trainer.step(inputs(2))
+    assert stopwatch.take() == {"forward_backward": 4.0, "optimizer": 5.0}
+    assert stopwatch.take() == {}
+
+
+def test_prompts_are_answered_in_calls_of_few_between_gathering_and_dropping_the_model() -> None:
+    trainer, ranks = group({"gather_model": [None] * 4, "answers": [[[7]] * 8, [], [], []], "drop_model": [None] * 4})
+    prompts = [[n, n + 1] for n in range(16)]
+    assert trainer.answers(prompts, TokenizerFacts(9, None, 1, 0), 5) == [[7]] * 16
+    assert [method for method, _ in ranks.asked] == ["gather_model", "answers", "answers", "drop_model"]
+    assert [given[0] for given in ranks.given[1:3]] == [prompts[:8], prompts[8:]]
+
+
+def test_ranks_are_told_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank may have another working directory than the driver."""
+    monkeypatch.chdir(tmp_path)
+    names = ("save", "load", "load_weights", "export")
+    trainer, ranks = group({name: [{}] * 4 for name in names})
+    trainer.save("runs/a", {})
+    trainer.load("runs/a")
+    trainer.load_weights(Path("runs/a"))
+    trainer.export(Path("runs/a"), torch.bfloat16)
+    assert [Path(given[0]) for given in ranks.given] == [tmp_path / "runs/a"] * 4
+
+
+@pytest.mark.parametrize(("num_bytes", "device"), [(89, "cuda:0"), (91, "cpu")])
+def test_a_model_that_the_device_has_no_room_for_answers_on_the_host(
+    num_bytes: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Free are 70 of the device, and 30 that the allocator holds for nobody."""
+    for name, value in {"mem_get_info": (70, 1000), "memory_reserved": 50, "memory_allocated": 20}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert answering_device(torch.device("cuda:0"), num_bytes) == torch.device(device)
 
 
 def test_memory_is_that_of_the_fullest_rank() -> None:

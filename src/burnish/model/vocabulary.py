@@ -17,6 +17,17 @@ class TokenizerFacts:
     pad: int | None
     name: str = "the tokenizer"
 
+    @classmethod
+    def of(cls, tokenizer: Any, place: str | None = None) -> TokenizerFacts:
+        """Those of a tokenizer of `transformers`; `place` is where the recipe says that it is."""
+        return cls(
+            largest_id=max(tokenizer.get_vocab().values()),
+            bos=tokenizer.bos_token_id,
+            eos=tokenizer.eos_token_id,
+            pad=tokenizer.pad_token_id,
+            name=f"the tokenizer {place or tokenizer.name_or_path}",
+        )
+
 
 @dataclass(frozen=True)
 class Findings:

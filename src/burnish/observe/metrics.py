@@ -96,6 +96,7 @@ class Stopwatch:
         self._on_cuda = device_type == "cuda"
         self._clock = clock
         self._spans: list[tuple[str, Any, Any]] = []
+        self._added: list[tuple[str, float]] = []
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -105,12 +106,17 @@ class Stopwatch:
         finally:
             self._spans.append((name, start, self._mark()))
 
+    def add(self, name: str, seconds: float) -> None:
+        """Count what another process has measured."""
+        self._added.append((name, seconds))
+
     def take(self) -> dict[str, float]:
         """Seconds by name since the last call; on CUDA it waits for the last of the marks."""
-        spans, self._spans = self._spans, []
+        measured = [(name, self._between(start, end)) for name, start, end in self._spans]
         seconds: dict[str, float] = defaultdict(float)
-        for name, start, end in spans:
-            seconds[name] += self._between(start, end)
+        for name, value in [*measured, *self._added]:
+            seconds[name] += value
+        self._spans, self._added = [], []
         return dict(seconds)
 
     def _mark(self) -> Any:
@@ -220,7 +226,7 @@ class StepWindow:
 
     def fetch(self, step: int) -> Line:
         """The line of the steps added since the last call, ending with `step`; this alone waits for the device."""
-        stats = _fetch(self._stats)
+        stats = _means(self._stats)
         seconds = self._clock() - self._since
         times = self._stopwatch.take()
         in_steps = max(seconds - times.get("save", 0.0) - times.get("evaluate", 0.0), 1e-9)
@@ -254,9 +260,9 @@ def _as_double(value: Any) -> Any:
     return value.detach().double() if hasattr(value, "detach") else float(value)
 
 
-def _fetch(stats: Stats) -> dict[str, float]:
-    """Means by name, all tensors of one device brought over in one transfer; without those whose weight is 0."""
-    flat = [part for value in stats.values() for part in (value.sum, value.weight)]
+def fetched(stats: Stats) -> dict[str, tuple[float, float]]:
+    """Sums and weights as numbers by name, all tensors of one device brought over in one transfer."""
+    flat = [_as_double(part) for value in stats.values() for part in (value.sum, value.weight)]
     by_device: dict[Any, list[int]] = defaultdict(list)
     for index, part in enumerate(flat):
         if hasattr(part, "device"):
@@ -266,9 +272,15 @@ def _fetch(stats: Stats) -> dict[str, float]:
 
         for index, number in zip(indices, torch.stack([flat[i] for i in indices]).tolist(), strict=True):
             flat[index] = number
-    pairs = zip(stats, flat[0::2], flat[1::2], strict=True)
+    return dict(zip(stats, zip(flat[0::2], flat[1::2], strict=True), strict=True))
+
+
+def _means(stats: Stats) -> dict[str, float]:
+    """By name, without those whose weight is 0; nonfinite_steps stays a count."""
     return {
-        name: total if name == "nonfinite_steps" else total / weight for name, total, weight in pairs if weight != 0
+        name: total if name == "nonfinite_steps" else total / weight
+        for name, (total, weight) in fetched(stats).items()
+        if weight != 0
     }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from burnish.model.base import CausalLM, saved_buffers
+from burnish.model.hf_io import named_weights
 from burnish.model.lm_head import score
 from burnish.model.lora import without_base
 from burnish.model.moe import Router, routers_of
@@ -50,6 +51,10 @@ class Execution:
     def trained_names(self) -> list[str]:
         """The names of the parameters that are trained on any rank."""
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
+    def weight_names(self) -> list[str]:
+        """The names of the whole model's weights in order, those of adapters aside."""
+        return list(named_weights(self.model))
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the model on this rank, by name: parameters, but not those of a base that only
@@ -175,6 +180,9 @@ class MeshExecution(Execution):
 
     def trained_names(self) -> list[str]:
         return [name for name, parameter in self.whole.named_parameters() if parameter.requires_grad]
+
+    def weight_names(self) -> list[str]:
+        return list(named_weights(self.whole))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return super().parameters() if self.pipeline is None else own_parameters(self.pipeline.stages)

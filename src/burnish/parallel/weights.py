@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from burnish.model import hf_io, lora
 from burnish.model.base import CausalLM, saved_buffers
 from burnish.model.hf_io import Box, whole
+
+Result = TypeVar("Result")
 
 
 def box_of(
@@ -90,33 +92,31 @@ def _union(
 
 
 class _Part(NamedTuple):
-    """What a rank offers of a tensor."""
+    """What a rank offers of a tensor, and the type of device it is sent from."""
 
     name: str
     shape: torch.Size
     dtype: torch.dtype
     box: Box
+    device: str
 
 
 def gather(
-    tensors: Mapping[str, Tensor],
-    dtype: torch.dtype | None = None,
-    order: Sequence[str] = (),
-    device: torch.device | None = None,
+    tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, order: Sequence[str] = ()
 ) -> Iterator[tuple[str, Tensor]]:
     """On rank 0 every tensor that any rank has, whole and on the CPU, one after the other; nothing on other ranks.
 
     All ranks call it and take it to its end. `dtype` is that of an export, by which tensors are rounded before they
-    travel. They come in `order`, those it does not name behind, as ranks have them. `device` is one that the process
-    group can send from; by default the one where the tensors lie. Replicas are sent once, and no rank but 0 holds more
-    than its own.
+    travel. They come in `order`, those it does not name behind, as ranks have them. Each travels between devices of the
+    type that it lies on, which on one rank may be the host for shards and a GPU for what belongs to no shard. Replicas
+    are sent once, and no rank but 0 holds more than its own.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield from ((name, _sent(name, local_part(tensors[name])[0], dtype).cpu()) for name in _ordered(tensors, order))
         return
     parts = {name: local_part(tensor) for name, tensor in tensors.items()}
     offered = [
-        _Part(name, tensors[name].shape, _dtype_sent(name, local.dtype, dtype), box)
+        _Part(name, tensors[name].shape, _dtype_sent(name, local.dtype, dtype), box, local.device.type)
         for name, (local, box) in parts.items()
     ]
     is_first, world = dist.get_rank() == 0, dist.get_world_size()
@@ -129,12 +129,10 @@ def gather(
     )
     if not is_first:
         for name in wanted[0]:
-            local = parts[name][0]
-            dist.send(_sent(name, local, dtype).to(device or local.device).contiguous(), dst=0)
+            dist.send(_sent(name, parts[name][0], dtype).contiguous(), dst=0)
         return
-    device = device or next((local.device for local, _ in parts.values()), torch.device("cpu"))
     for name, senders in plan.items():
-        yield name, _receive(senders, device, None if name not in parts else _sent(name, parts[name][0], dtype))
+        yield name, _receive(senders, None if name not in parts else _sent(name, parts[name][0], dtype))
 
 
 def _plan(everyones: Sequence[Sequence[_Part]], order: Sequence[str]) -> dict[str, dict[int, _Part]]:
@@ -152,12 +150,14 @@ def _ordered(names: Mapping[str, object], order: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*(name for name in order if name in names), *names]))
 
 
-def _receive(senders: Mapping[int, _Part], device: torch.device, own: Tensor | None) -> Tensor:
+def _receive(senders: Mapping[int, _Part], own: Tensor | None) -> Tensor:
     """The whole tensor on the CPU, of the parts that ranks send and of rank 0's own."""
     example = next(iter(senders.values()))
     full = torch.empty(example.shape, dtype=example.dtype)
     buffers = {
-        rank: torch.empty(_shape(part.box), dtype=part.dtype, device=device) for rank, part in senders.items() if rank
+        rank: torch.empty(_shape(part.box), dtype=part.dtype, device=part.device)
+        for rank, part in senders.items()
+        if rank
     }
     requests = [dist.irecv(buffer, src=rank) for rank, buffer in buffers.items()]
     for request in requests:
@@ -178,9 +178,39 @@ def _sent(name: str, local: Tensor, dtype: torch.dtype | None) -> Tensor:
     return local.to(_dtype_sent(name, local.dtype, dtype))
 
 
-def gather_full(model: CausalLM | Sequence[CausalLM], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """All that a model saves, on rank 0 by its names in the model, and nothing elsewhere. All ranks call it."""
-    return dict(gather(_union(model, lambda part: dict(part.named_parameters()) | saved_buffers(part)), dtype))
+def gather_full(
+    model: CausalLM | Sequence[CausalLM],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """All that a model saves, on rank 0's `device` by its names in the model, and nothing elsewhere. All ranks call it.
+
+    But for `device` the host has one tensor at a time.
+    """
+    tensors = _union(model, lambda part: dict(part.named_parameters()) | saved_buffers(part))
+    return {name: tensor.to(device) for name, tensor in gather(tensors, dtype)}
+
+
+def publish(
+    model: CausalLM | Sequence[CausalLM],
+    take: Callable[[Iterator[tuple[str, Tensor]]], Result],
+    dtype: torch.dtype | None = None,
+    order: Sequence[str] = (),
+) -> Result | None:
+    """What `take` makes, on rank 0, of the weights: whole, by a checkpoint's names, on the CPU, one after the other,
+    with adapters added in; None on other ranks. All ranks call it.
+
+    No rank holds more of them at a time than one tensor, or than `take` keeps. They are in the type of the masters, or
+    as an export in `dtype` writes them. What `take` does not ask for is gathered and dropped; what it raises is raised
+    on rank 0 once the others have sent all that they have. `model` is as in `read_weights`, and `order` are the names
+    of the whole model, where ranks have parts of it. Of a model of `transformers` names are those of its modules.
+    """
+
+    def take_stored(weights: Iterator[tuple[str, Tensor]]) -> Result:
+        stored = hf_io.as_stored(_parts(model)[0], weights)
+        return take((name, _sent(name, tensor, dtype)) for name, tensor in stored)
+
+    return _take_whole(model, take_stored, dtype, order)
 
 
 def export(
@@ -189,36 +219,40 @@ def export(
     dtype: torch.dtype,
     order: Sequence[str] = (),
     max_shard_bytes: int = 5 * 10**9,
-    device: torch.device | None = None,
 ) -> None:
     """Write config.json and safetensors into `folder`, which rank 0 sees, with adapters added in. All ranks call it.
 
-    Rank 0 holds one file's tensors at a time, or all of them of a model of `transformers`. `model` is as in
-    `read_weights`, `order` are the names of the whole model, where ranks have parts of it, and `device` is that of
-    `gather`. What goes wrong in writing is raised on rank 0 once the others have sent all that they have.
+    Rank 0 holds one file's tensors at a time, or all of them of a model of `transformers`. Otherwise as `publish`.
     """
     first = _parts(model)[0]
+    _take_whole(model, lambda weights: first.export(folder, dtype, weights, max_shard_bytes), dtype, order)
+
+
+def _take_whole(
+    model: CausalLM | Sequence[CausalLM],
+    take: Callable[[Iterator[tuple[str, Tensor]]], Result],
+    dtype: torch.dtype | None,
+    order: Sequence[str],
+) -> Result | None:
+    """`publish` by the model's own names; merged weights are not rounded."""
+    first = _parts(model)[0]
     is_adapted = lora.peft_config(first) is not None
-    adapters = dict(gather(_union(model, lora.trained), device=device)) if is_adapted else {}
-    weights = gather(_union(model, hf_io.named_weights), None if is_adapted else dtype, order, device)
+    adapters = dict(gather(_union(model, lora.trained))) if is_adapted else {}
+    weights = gather(_union(model, hf_io.named_weights), None if is_adapted else dtype, order)
     try:
         if _is_first():
-            merged = lora.merge(weights, first, adapters) if is_adapted else weights
-            first.export(folder, dtype, merged, max_shard_bytes)
+            return take(lora.merge(weights, first, adapters) if is_adapted else weights)
     finally:
         for _ in weights:
             pass
+    return None
 
 
 def export_adapter(
-    model: CausalLM | Sequence[CausalLM],
-    folder: Path,
-    dtype: torch.dtype,
-    base_model: str | None,
-    device: torch.device | None = None,
+    model: CausalLM | Sequence[CausalLM], folder: Path, dtype: torch.dtype, base_model: str | None
 ) -> None:
     """Write the adapters into `folder`, which rank 0 sees, in peft's format. All ranks call it."""
-    tensors = dict(gather(_union(model, lora.trained), dtype, device=device))
+    tensors = dict(gather(_union(model, lora.trained), dtype))
     if _is_first():
         lora.write_adapter(folder, _parts(model)[0], tensors, dtype, base_model)
 

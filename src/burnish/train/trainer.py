@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import zlib
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,6 +24,7 @@ from burnish.config import OptimConfig
 from burnish.data.order import seed_from
 from burnish.model.moe import load_of
 from burnish.parallel.execution import Execution, without_noise
+from burnish.parallel.weights import publish
 from burnish.train.checkpoint import Checkpointer, load_checkpoint, name_of_rank
 from burnish.train.loss import CrossEntropy
 from burnish.train.optim import States, build_optimizer, learning_rate, scale_gradients
@@ -232,9 +233,14 @@ class LocalTrainer:
         states = {"cpu": torch.get_rng_state()}
         return states | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
 
-    def publish(self) -> Mapping[str, torch.Tensor]:
-        """The master weights by their Hugging Face names."""
-        return self.execution.parameters()
+    def publish(
+        self, take: Callable[[Iterator[tuple[str, torch.Tensor]]], Any], dtype: torch.dtype | None = None
+    ) -> Any:
+        """What `take` makes of the weights on rank 0: whole, by a checkpoint's names and one after the other.
+
+        As `parallel.weights.publish`.
+        """
+        return publish(self.execution.stages, take, dtype, self.execution.weight_names())
 
 
 def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> int:

@@ -21,7 +21,7 @@ from burnish.model.attention import attend_sdpa
 from burnish.model.base import CausalLM
 from burnish.parallel.degrees import Degrees
 from burnish.parallel.mesh import Mesh
-from burnish.parallel.weights import box_of, export, fill, gather, gather_full, local_part, read_weights
+from burnish.parallel.weights import box_of, export, fill, gather, gather_full, local_part, publish, read_weights
 from burnish.types import UserError
 
 CONFIG = tiny_config("qwen3", vocab_size=509, intermediate_size=66, tie_word_embeddings=False)
@@ -39,6 +39,10 @@ LAYOUTS = [
 
 def bare_model(device: str, dtype: torch.dtype = torch.float32) -> CausalLM:
     return zoo.build(CONFIG, attend_sdpa, dtype=dtype, device=device)
+
+
+def load_folder(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def lay_out(model: CausalLM, mesh: Mesh) -> CausalLM:
@@ -76,6 +80,14 @@ def check_layout(degrees: Degrees, folder: str) -> dict[str, Any]:
     assert gathered.keys() == (values.keys() if dist.get_rank() == 0 else set())
     assert all(torch.equal(gathered[name], values[name]) for name in gathered)
     export(read, Path(folder, "exported"), torch.bfloat16, max_shard_bytes=30_000)
+    published = publish(read, list, torch.bfloat16)
+    if dist.get_rank() == 0:
+        assert published is not None
+        stored = load_folder(Path(folder, "exported"))
+        assert [name for name, _ in published] == [name for name, _ in read.named_parameters()]
+        assert all(torch.equal(tensor, stored[name]) for name, tensor in published)
+        assert stored.keys() == dict(published).keys()
+    assert publish(read, lambda stream: next(stream)[0]) == (None if dist.get_rank() else "model.embed_tokens.weight")
     return {name: isinstance(parameter, DTensor) for name, parameter in read.named_parameters()}
 
 
