@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from burnish.parallel.degrees import AXES, Degrees
 
@@ -21,7 +23,7 @@ class Mesh:
         self.place = degrees.place(dist.get_rank())
         # fully_shard must find tp in the mesh that its own is a slice of, and cp ranks are among those it shards over.
         sizes = (degrees.pp, degrees.dp_replicate, degrees.dp_shard * degrees.cp, degrees.tp)
-        self._dense = init_device_mesh(device.type, sizes, mesh_dim_names=("pp", "dp_replicate", "shard", "tp"))
+        self._dense = _make(device, sizes, ("pp", "dp_replicate", "shard", "tp"))
 
     def axis(self, name: str) -> DeviceMesh:
         """The ranks that differ from this one along `name` alone: one of AXES, `shard` (dp_shard x cp), `ep`, `etp`."""
@@ -52,15 +54,29 @@ class Mesh:
     @cached_property
     def _tokens(self) -> DeviceMesh:
         sizes = tuple(getattr(self.degrees, axis) for axis in AXES)
-        return init_device_mesh(self.device.type, sizes, mesh_dim_names=AXES)
+        return _make(self.device, sizes, AXES)
 
     @cached_property
     def _experts(self) -> DeviceMesh:
         degrees = self.degrees
         sizes = (degrees.pp, degrees.dp_replicate, degrees.expert_dp, degrees.ep, degrees.etp)
-        names = ("pp", "dp_replicate", "expert_dp", "ep", "etp")
-        return init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
+        return _make(self.device, sizes, ("pp", "dp_replicate", "expert_dp", "ep", "etp"))
 
     @property
     def data_rank(self) -> int:
         return self.degrees.data_rank(dist.get_rank())
+
+
+def _make(device: torch.device, sizes: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+    for group in mesh.get_all_groups():
+        # By itself a group waits as long as torch's default, 10 minutes with NCCL, whatever the world was told.
+        _set_pg_timeout(world_timeout(), group)
+    return mesh
+
+
+def world_timeout() -> timedelta:
+    """How long a collective of the default process group waits."""
+    world = dist.group.WORLD
+    assert world is not None
+    return world._get_backend(torch.device("cpu")).options._timeout

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from burnish.files import sync, write_whole
+from burnish.parallel.mesh import world_timeout
 from burnish.train.dcp_metadata import InertReader, parse
 from burnish.train.dcp_write import HostCopies, Piece, pieces, write_pieces
 from burnish.train.ranks import Ranks
@@ -99,7 +100,7 @@ class Checkpointer:
 
     def __init__(self) -> None:
         # A group of its own, because its thread must not come between the collectives of training.
-        group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        group = dist.new_group(backend="gloo", timeout=world_timeout()) if dist.is_initialized() else None
         self._ranks = Ranks(group)  # pyright: ignore[reportArgumentType] - this rank is in the group
         self._copies = HostCopies()
         self._pending: Future[Path] | None = None
@@ -218,7 +219,11 @@ def verify_checkpoint(folder: str | Path, *, group: dist.ProcessGroup | None = N
         files = _read_manifest(folder)["files"]
         by_size = sorted(files, key=lambda name: (files[name]["bytes"], name))
         for name in by_size[ranks.rank :: ranks.count]:
-            if _checksum(folder / name) != files[name]["crc32"]:
+            try:
+                checksum = _checksum(folder / name)
+            except FileNotFoundError:
+                raise _damaged(folder, f"{name} is missing") from None
+            if checksum != files[name]["crc32"]:
                 raise _damaged(folder, f"{name} does not have the content that was written")
 
     ranks.each(verify_share)
@@ -256,20 +261,18 @@ def find_checkpoint(
             raise CheckpointError(f"there is no checkpoint of step {step} below {root}; there are: {there}")
         verify(folder)
         return folder
-    damage: list[str] = []
-    for candidate in _candidates(root, damage):
-        folder = checkpoint_folder(root, candidate)
-        try:
-            verify(folder)
-        except DamagedCheckpoint as error:
-            damage.append(f"checkpoint {folder} cannot be used: {error.fault}")
-            continue
-        for problem in damage:
-            logger.warning("%s; going on from %s", problem, folder)
-        return folder
-    if damage:
-        raise CheckpointError(_none_left(root, damage))
-    return None
+
+    def newest_whole(damage: list[str]) -> int | None:
+        for candidate in _candidates(root, damage):
+            try:
+                verify(checkpoint_folder(root, candidate))
+                return candidate
+            except DamagedCheckpoint as error:
+                damage.append(f"checkpoint {checkpoint_folder(root, candidate)} cannot be used: {error.fault}")
+        return None
+
+    found = _search(root, newest_whole)
+    return None if found is None else checkpoint_folder(root, found)
 
 
 def retain(root: str | Path, keep: int | None, protect: Set[int] = frozenset()) -> None:
@@ -397,13 +400,27 @@ def _steps(root: Path) -> list[int]:
 
 
 def _latest_step(root: Path) -> int | None:
-    damage: list[str] = []
-    newest = next(_candidates(root, damage), None)
-    if newest is None and damage:
-        raise CheckpointError(_none_left(root, damage))
+    return _search(root, lambda damage: next(_candidates(root, damage), None))
+
+
+def _search(root: Path, search: Callable[[list[str]], int | None]) -> int | None:
+    """The step that `search` finds below `root`, what it passes over said; None where there is no checkpoint.
+
+    `search` adds to the list it is given what it finds damaged. It is asked again where a run has saved meanwhile,
+    and so may have deleted what was looked at.
+    """
+    while True:
+        tracked, damage = _read_tracker(root), list[str]()
+        found = search(damage)
+        if not damage or _read_tracker(root) == tracked:
+            break
+    if found is None:
+        if damage:
+            raise CheckpointError(_none_left(root, damage))
+        return None
     for problem in damage:
-        logger.warning("%s; going on from the newest complete one, step %s", problem, newest)
-    return newest
+        logger.warning("%s; going on from %s", problem, checkpoint_folder(root, found))
+    return found
 
 
 def _candidates(root: Path, damage: list[str]) -> Iterator[int]:
@@ -435,34 +452,43 @@ def _read_contents(folder: Path) -> tuple[dict[str, Any], Metadata]:
     manifest = _read_manifest(folder)
     try:
         return manifest, parse((folder / METADATA).read_bytes(), manifest["files"].keys())
+    except FileNotFoundError:
+        raise _damaged(folder, f"{METADATA} is missing") from None
     except ValueError as error:
         raise _damaged(folder, f"{METADATA} is not what a checkpoint holds: {error}") from error
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """The content of state.json, all files present and of their sizes. Raises DamagedCheckpoint."""
-    fault = _fault(folder)
+    manifest, fault = _examine(folder)
     if fault is not None:
         raise _damaged(folder, fault)
-    return json.loads((folder / STATE).read_bytes())
+    return manifest
 
 
 def _fault(folder: Path) -> str | None:
     """Why `folder` is no complete checkpoint; None where it is one, as far as sizes tell."""
-    if not (folder / STATE).is_file():
-        return f"there is no {STATE} in {folder}"
+    return _examine(folder)[1]
+
+
+def _examine(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """The content of state.json, and what is wrong with the checkpoint. A run may delete it meanwhile."""
     try:
         manifest = json.loads((folder / STATE).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}, f"there is no {STATE} in {folder}"
     except ValueError:
-        return f"{STATE} is not JSON"
+        return {}, f"{STATE} is not JSON"
     if not isinstance(manifest, dict) or manifest.pop("crc32", None) != _manifest_checksum(manifest):
-        return f"{STATE} does not have the content that was written"
+        return {}, f"{STATE} does not have the content that was written"
     for name, facts in manifest["files"].items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if (size := (folder / name).stat().st_size) != facts["bytes"]:
-            return f"{name} has {size} bytes, and {facts['bytes']} were written"
-    return None
+        try:
+            size = (folder / name).stat().st_size
+        except FileNotFoundError:
+            return {}, f"{name} is missing"
+        if size != facts["bytes"]:
+            return {}, f"{name} has {size} bytes, and {facts['bytes']} were written"
+    return manifest, None
 
 
 def _damaged(folder: Path, fault: str) -> DamagedCheckpoint:

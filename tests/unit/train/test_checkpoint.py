@@ -29,12 +29,14 @@ from burnish.train import checkpoint
 from burnish.train.checkpoint import (
     CheckpointError,
     checkpoint_folder,
+    find_checkpoint,
     latest_checkpoint,
     load_checkpoint,
     read_state,
     recover,
     retain,
     save_checkpoint,
+    verify_checkpoint,
 )
 from burnish.train.dcp_metadata import parse
 from burnish.types import UserError
@@ -179,7 +181,20 @@ def test_without_what_the_tracker_names_the_newest_complete_one_is_taken_and_sai
     expected = 3 if damage.startswith("tracker") else 2
     with caplog.at_level(logging.WARNING):
         assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, expected)
-    assert f"going on from the newest complete one, step {expected}" in caplog.text
+    assert f"going on from {checkpoint_folder(tmp_path, expected)}" in caplog.text
+
+
+def test_a_reader_looks_again_where_the_run_saved_meanwhile(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    save(tmp_path, 1)
+
+    def verify(folder: Path) -> None:
+        if folder == checkpoint_folder(tmp_path, 1):
+            save(tmp_path, 2)
+            retain(tmp_path, 1)
+        verify_checkpoint(folder)
+
+    assert find_checkpoint(tmp_path, verify=verify) == checkpoint_folder(tmp_path, 2)
+    assert not caplog.text
 
 
 def test_a_run_does_not_start_anew_because_its_only_checkpoint_is_damaged(tmp_path: Path):
