@@ -10,7 +10,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +84,15 @@ def marked(mark: str) -> list[int]:
 class Training:
     """`burnish sft` in a process of its own, which, with all that descends from it, a test can find and end."""
 
-    def __init__(self, folder: Path, run: str, *arguments: str, recipe: str = "recipe.yaml") -> None:
+    def __init__(
+        self, folder: Path, run: str, *arguments: str, recipe: str = "recipe.yaml", launcher: Sequence[str] = ()
+    ) -> None:
         self.run = folder / run
         self._mark = secrets.token_hex(8)
         self._output = folder / f"output-{self._mark}.txt"
         with self._output.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "burnish", "sft", recipe, f"run.dir={folder / run}", *arguments],
+                [sys.executable, *launcher, "-m", "burnish", "sft", recipe, f"run.dir={folder / run}", *arguments],
                 cwd=folder,
                 stdout=output,
                 stderr=subprocess.STDOUT,

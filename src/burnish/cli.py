@@ -220,7 +220,8 @@ def _run(parsed: argparse.Namespace) -> int:
         arguments = {name: value for name, value in vars(parsed).items() if name != "command"}
         return inspect(Request(**arguments))
     if parsed.command == "plan":
-        from burnish.plan import Request, plan
+        from burnish.plan.command import plan
+        from burnish.plan.request import Request
 
         return plan(Request(**{name: value for name, value in vars(parsed).items() if name != "command"}))
     if parsed.command == "evaluate":
@@ -250,16 +251,18 @@ def _run(parsed: argparse.Namespace) -> int:
 
 def _sft(parsed: argparse.Namespace) -> int:
     from burnish.cluster.launch import serve_as_peer
+    from burnish.cluster.peers import leading
 
     status = serve_as_peer(os.environ)
     if status is not None:
         return status
-    from burnish.recipe import read_recipe
+    with leading(os.environ):
+        from burnish.recipe import read_recipe
 
-    recipe = read_recipe(parsed.recipe, parsed.overrides)
-    from burnish.sft import SFT
+        recipe = read_recipe(parsed.recipe, parsed.overrides)
+        from burnish.sft import SFT
 
-    if parsed.dry_run:
-        SFT(recipe).dry_run()
-        return 0
-    return SFT(recipe).train().interrupted or 0
+        if parsed.dry_run:
+            SFT(recipe).dry_run()
+            return 0
+        return SFT(recipe).train().interrupted or 0

@@ -131,6 +131,19 @@ def test_a_signal_to_all_processes_at_once_lets_the_step_finish(shop: Workshop, 
 
 
 @pytest.mark.slow
+def test_under_torchrun_the_ranks_leave_a_signal_to_the_driver(shop: Workshop, timed) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with Training(shop.folder, "runs/a", launcher=torchrun) as run:
+        run.until_step(3)
+        os.killpg(run.process.pid, signal.SIGINT)
+        assert timed(run, "SIGINT to torchrun") != 0
+        assert "SIGINT: saved step" in run.output
+        assert "burnish: error" not in run.output
+    latest = int((run.run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    assert latest == run.steps[-1]["step"]
+
+
+@pytest.mark.slow
 def test_a_step_that_outlasts_the_grace_period_is_cut_off(shop: Workshop, timed) -> None:
     with Training(shop.folder, "runs/a", TWO, "cluster.grace=3") as run:
         run.until_step(7)

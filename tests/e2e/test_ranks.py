@@ -175,6 +175,21 @@ def test_a_layout_that_cannot_be_is_refused_before_rows_are_read(
     assert not (workshop.folder / "runs/a/prepared").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "message", "status"),
+    [
+        ("parallel.tp=3", "does not divide the 2 ranks", 2),
+        ("data.train.0.path=absent.jsonl", "absent.jsonl", 1),
+    ],
+)
+def test_the_others_end_with_a_driver_that_is_refused(workshop: Workshop, key: str, message: str, status: int) -> None:
+    driver, other = workshop.start_ranks(2, "sft", str(workshop.recipe(**FULL)), key)
+    found, output = driver.wait()
+    assert message in output
+    assert found == status
+    assert other.wait(30) == (0, "burnish: rank 1 ends, as rank 0 did before it had ranks; it says why\n")
+
+
 @pytest.mark.slow
 def test_a_rank_that_fails_is_told_and_ends_the_others(workshop: Workshop) -> None:
     """A weight that is missing from the checkpoint is found by ranks alone."""

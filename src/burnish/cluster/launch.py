@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from burnish.cluster.peers import PeerRanks, environment_world, release_at_exit, serve
+from burnish.cluster.peers import PeerRanks, environment_world, serve
 from burnish.cluster.ranks import LocalRanks, LostRanks, Ranks
 from burnish.config import ClusterConfig
 
@@ -75,12 +75,7 @@ def serve_as_peer(environment: Mapping[str, str]) -> int | None:
     """In a process that torchrun or Slurm started as another rank than 0: serve rank 0's calls until it ends, and
     return the exit status. None in every other process, which is the driver."""
     world = environment_world(environment)
-    if world is None:
-        return None
-    if world.rank == 0:
-        release_at_exit(world)
-        return None
-    return serve(world)
+    return None if world is None or world.rank == 0 else serve(world)
 
 
 def with_restarts(run_once: Callable[[int], T], max_restarts: int) -> T:

@@ -6,7 +6,6 @@ Calls travel over the lifelines. A value that several ranks share goes to the fi
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import faulthandler
 import json
@@ -21,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
@@ -42,7 +41,10 @@ GATHER = 3.0
 """Seconds after the first failure in which other ranks may tell theirs."""
 FAREWELL = 10.0
 """Seconds that the driver has, after a failure, to say it and end; a peer that ended first would be torchrun's news."""
+LEAVE = 25.0
+"""Seconds that other processes have to read that there is nothing to do for them, before a driver ends."""
 DRIVER_KEY = "driver"
+REFUSED = "refused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,17 +110,24 @@ _opened = threading.Event()
 """Whether this process, as the driver, has told the others where it is."""
 
 
-def release_at_exit(world: World) -> None:
-    """In the driver: should it end without ranks, for there was nothing to train, let the other processes end too."""
-
-    def release() -> None:
+@contextlib.contextmanager
+def leading(environment: Mapping[str, str]) -> Iterator[None]:
+    """Around all that the driver does: where it ends without having opened ranks, because it was refused or there was
+    nothing to train, the other processes end too."""
+    world = environment_world(environment)
+    if world is None:
+        yield
+        return
+    why = REFUSED
+    try:
+        yield
+        why = ""
+    finally:
         if not _opened.is_set():
-            store = _store(world, 60)
-            store.set(DRIVER_KEY, "")
-            with contextlib.suppress(RuntimeError):  # a peer that is gone by itself
-                store.wait([f"left {rank}" for rank in range(1, world.size)], timedelta(seconds=60))
-
-    atexit.register(release)
+            with contextlib.suppress(RuntimeError):  # the others, or their store, are gone by themselves
+                store = _store(world, LEAVE)
+                store.set(DRIVER_KEY, why)
+                store.wait([f"left {rank}" for rank in range(1, world.size)], timedelta(seconds=LEAVE))
 
 
 class PeerRanks:
@@ -357,13 +366,18 @@ def carry_out(
 def serve(world: World) -> int:
     """Serve rank 0's calls until it says that all is done, which ends this process with status 0; when it is gone, with
     status 1. Returns 0 where it needs no ranks."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # sent to every process, but rank 0 decides: it finishes the step
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)  # without waiting for the store's answer
     store = _store(world, 24 * 3600)
-    told = store.get(DRIVER_KEY)
-    if not told:
+    told = store.get(DRIVER_KEY).decode()
+    if told in ("", REFUSED):
+        if told:
+            print(f"burnish: rank {world.rank} ends, as rank 0 did before it had ranks; it says why", file=sys.stderr)
         store.set(f"left {world.rank}", "")  # rank 0 may hold the store, and waits until all have read it
         return 0
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)  # sent to every process, but rank 0 decides: it finishes the step
     driver = json.loads(told)
     address, key = tuple(driver["address"]), bytes.fromhex(driver["key"])
     _Peer(world, store, address, key).serve()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
 import socket
@@ -30,13 +29,15 @@ def _process(rank: int, world: int, port: int, drive: Callable[..., Any], folder
     }
     sys.path.insert(0, str(Path(__file__).parent))
     from burnish.cluster.launch import serve_as_peer
+    from burnish.cluster.peers import leading
 
     status = serve_as_peer(os.environ)
     if status is not None:
         os._exit(status)
     try:
-        results.send((None, drive(Path(folder))))
-        atexit._run_exitfuncs()  # which a forked process leaves out
+        with leading(os.environ):
+            result = drive(Path(folder))
+        results.send((None, result))
     except Exception as error:
         results.send((f"{type(error).__name__}: {error}", None))
         sys.exit(1)
@@ -167,7 +168,8 @@ def _asks_for_restarts(folder: Path) -> None:
 
 
 def test_keys_about_ray_are_refused(tmp_path: Path) -> None:
-    error, _, _ = run_peers(2, _asks_for_restarts, tmp_path)
+    error, _, statuses = run_peers(2, _asks_for_restarts, tmp_path)
+    assert statuses == [1, 0]
     assert error is not None
     assert error.startswith("RecipeError: cluster.max_restarts=1")
     assert "torchrun --max-restarts" in error
