@@ -26,6 +26,7 @@ from burnish.config import Recipe, RecipeError
 from burnish.data.pack import Layout, Packs
 from burnish.model.vocabulary import TokenizerFacts
 from burnish.observe.metrics import Stopwatch, fetched, memory_of
+from burnish.observe.units import count_text
 from burnish.parallel import weights
 from burnish.parallel.degrees import Degrees
 from burnish.parallel.mesh import Mesh
@@ -74,8 +75,8 @@ class Rank:
         """As of `observe.metrics.memory_of`; of several ranks the largest of each."""
         return memory_of(self.parts.device.type)
 
-    def prepare(self, total_steps: int, clock: Clock | None = None) -> None:
-        """Make the trainer of a run of `total_steps` steps; `clock` times its parts.
+    def prepare(self, total_steps: int, clock: Clock | None = None, checkpoint: str | None = None) -> None:
+        """Make the trainer of a run of `total_steps` steps, as `checkpoint` left it; `clock` times its parts.
 
         Raises RecipeError for keys of routers where the model has none that they steer.
         """
@@ -95,6 +96,8 @@ class Rank:
             clock=clock or (lambda name: nullcontext()),
         )
         self.trainer.prepare_saves()
+        if checkpoint is not None:
+            self.load(checkpoint)
 
     def step(self, inputs: StepInput) -> Stats:
         """One optimizer step, on the first data rank's batches of `inputs`."""
@@ -133,7 +136,7 @@ class Rank:
     def load(self, folder: str) -> dict[str, Any]:
         """Continue from a checkpoint; returns the state it was saved with."""
         state = self._trainer.load(folder)
-        phase(f"checkpoint loaded: {folder}")
+        phase(f"checkpoint loaded: {Path(folder).name}")
         return state
 
     def load_weights(self, folder: Path) -> dict[str, Any]:
@@ -221,11 +224,12 @@ class SeatedRank(Rank):
         self._whole: Any = None
         phase("modules imported, mesh")
         held = sum(weights.local_part(p)[0].numel() for p in parts.execution.parameters().values())
-        phase(f"weights: {held:,} of {parts.loaded.num_parameters:,} parameters on this rank")
+        phase(f"weights loaded: {count_text(held)} of {count_text(parts.loaded.num_parameters)} parameters")
 
-    def prepare(self, total_steps: int, clock: Clock | None = None) -> None:
+    def prepare(self, total_steps: int, clock: Clock | None = None, checkpoint: str | None = None) -> None:
         """As of any rank; times are told with a step's statistics."""
-        super().prepare(total_steps, clock or self._stopwatch)
+        super().prepare(total_steps, clock or self._stopwatch, checkpoint)
+        phase("ready")
 
     def step_packs(self, packs: Mapping[str, Any]) -> tuple[Numbers | None, dict[str, float]]:
         """`step` of what `packed` made: statistics, where this rank has them, and the seconds of its parts."""
@@ -341,10 +345,11 @@ class RankGroup:
         found = self.ranks.call("memory")
         return {name: max(of_rank[name] for of_rank in found) for name in found[0]}
 
-    def prepare(self, total_steps: int, stopwatch: Stopwatch | None = None) -> None:
+    def prepare(self, total_steps: int, stopwatch: Stopwatch | None = None, checkpoint: str | None = None) -> None:
         """As of a rank; `stopwatch` is told of each part of a step how long it took the slowest rank."""
         self._stopwatch = stopwatch
-        self.ranks.call("prepare", total_steps)
+        self.ranks.call("prepare", total_steps, None, None if checkpoint is None else _everywhere(checkpoint))
+        phase("every rank ready")
 
     def step(self, inputs: StepInput) -> Stats:
         numbers, times = zip(*self._call_with("step_packs", inputs), strict=True)

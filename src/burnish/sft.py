@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from burnish.cluster.launch import end_after, is_local, known_world, open_ranks, with_restarts
+from burnish.cluster.phases import phase
 from burnish.cluster.ranks import ClusterError, LostRanks
 from burnish.components import Components, DriverComponents
 from burnish.config import Recipe, RecipeError
@@ -234,6 +235,9 @@ class SFT:
             yield Rank(self.parts)
             return
         recipe, parallel = self.recipe, self.recipe.parallel
+        phase(f"rows: {', '.join(source.name for source in self.parts.corpus.sources)}")
+        if recipe.data.renderer is not None:
+            phase(f"plug-ins imported: {recipe.data.renderer}")
         ranks = open_ranks(
             recipe.cluster,
             "burnish.rank:SeatedRank",
@@ -310,10 +314,9 @@ class SFT:
         trainer = stack.enter_context(self._ranks())
         layout = choose_layout(recipe, trainer)
         clock = Stopwatch(parts.device.type if self.is_alone else "cpu")
-        trainer.prepare(length.total_steps, clock)
+        trainer.prepare(length.total_steps, clock, None if checkpoint is None else str(checkpoint))
         source, progress = feed.training(order, BatchSize(*recipe.batch.size)), None
         if state is not None:
-            trainer.load(str(checkpoint))
             source.load_state_dict(state["cursor"])
             progress = self._known_here(Progress.from_state(state["progress"]))
             LOG.info("going on from %s", checkpoint)

@@ -46,14 +46,15 @@ def check_what_is_seen(run: Training, num_ranks: int) -> None:
     """The console shows the driver and rank 0; each rank has its log."""
     assert f"placement: {num_ranks} ranks on 2 hosts" in run.output
     assert f"layout     {num_ranks} ranks on cpu: dp_shard {num_ranks}" in run.output
-    for part in ("rank 0 pid", "joined the process group", "every rank ready", "finished"):
+    for part in ("driver pid", "rows: ", "rank 0 pid", "joined the process group", "every rank ready", "finished"):
         assert part in run.output
     assert "rank 1 pid" not in run.output
     logs = [(run.run / "logs" / f"rank-{rank}.log").read_text() for rank in range(num_ranks)]
     hosts = ["127.0.0.1"] * (num_ranks // 2) + ["127.0.0.2"] * (num_ranks // 2)
     for rank, (log, host) in enumerate(zip(logs, hosts, strict=True)):
         assert f"rank {rank} pid {run.ranks[rank]}: up on {host}" in log
-        assert "parameters on this rank" in log
+        for part in ("joined the process group", "weights loaded: ", " parameters", f"pid {run.ranks[rank]}: ready"):
+            assert part in log
 
 
 def test_three_steps_on_two_hosts_are_those_of_one_process(workshop: Workshop, hosts: Hosts) -> None:

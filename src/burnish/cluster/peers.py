@@ -180,7 +180,6 @@ class PeerRanks:
             if meet:
                 self._send_to_all("meet", ())
             self._send_to_all("build", (target, args))
-            phase("every rank ready")
         except BaseException:
             self.kill()
             raise

@@ -35,6 +35,8 @@ POLL = 0.25
 """Seconds between two looks at whether a rank was lost while calls run."""
 GATHER = 3.0
 """Seconds after the first failure in which others may tell theirs: what comes first here need not have come first."""
+SHOWN = 8
+"""Ranks whose pids a line on the console has room for; each says its own in its log."""
 HEAD_SILENCE = 8.0
 """Seconds without an open port after which the cluster's head counts as gone."""
 
@@ -118,13 +120,12 @@ class RayRanks:
             )
         pids = self._all("sit", [(setting, self._lines.address, key) for setting in self._settings])
         self._pids = dict(enumerate(pids))
-        phase(f"ranks up: pids {', '.join(str(pid) for pid in pids)}")
+        phase(f"ranks up: {'pids ' + ', '.join(map(str, pids)) if len(pids) <= SHOWN else len(pids)}")
         if meet:
             store = self._resolve([self._actors[0].open_store.remote(placed[0][0].ip)], "meet", [0])[0]
             self._all("meet", [(store,)] * self.world_size)
         failures = self._all("build", [(target, args)] * self.world_size)
         self._raise_any([failure for failure in failures if failure is not None])
-        phase("every rank ready")
 
     def _all(self, step: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         refs = [getattr(actor, step).remote(*given) for actor, given in zip(self._actors, arguments, strict=True)]
