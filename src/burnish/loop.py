@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from burnish.data.pack import pack
 from burnish.run import Run
-from burnish.types import Source, Trainer
+from burnish.types import StepSource, Trainer
 
 
-def fit(trainer: Trainer, source: Source, run: Run) -> None:
+def fit(trainer: Trainer, source: StepSource, run: Run) -> None:
     """Train until `run` has no more steps. What `source` and `trainer` raise goes through."""
     for step in run.steps():
         with run.clock("data_wait"):
-            samples = source.next()  # SFT: the next rows. RL: fresh rollouts.
-        with run.clock("pack"):
-            inputs = pack(samples, run.layout, run.normalization)
+            inputs = source.next()  # SFT: the next rows, packed ahead. RL: fresh rollouts.
         stats = trainer.step(inputs)
         source.update(trainer)  # SFT: nothing. RL: publish the new weights.
         run.log(step, stats, inputs)

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from burnish.config import CheckpointConfig, EvaluateConfig, RecipeError
-from burnish.data.pack import Layout
 from burnish.files import write_whole
 from burnish.observe.metrics import Line, MetricsWriter, StepWindow, Stopwatch, Totals
 from burnish.observe.trackers import Tracker
-from burnish.types import Source, Stats, StepInput, Trainer, UserError
+from burnish.types import Stats, StepInput, StepSource, Trainer, UserError
 
 LOG = logging.getLogger(__name__)
 
@@ -134,8 +133,6 @@ class Run:
 
     folder: RunFolder
     total_steps: int
-    layout: Layout
-    normalization: Literal["token", "sample"]
     clock: Stopwatch
     window: StepWindow
     metrics: MetricsWriter
@@ -246,7 +243,7 @@ class Run:
             progress.stopped_early = True
             LOG.info(f"no better held-out loss in {progress.stale_evaluations} evaluations: stopping early")
 
-    def maybe_save(self, step: int, trainer: Trainer, source: Source) -> None:
+    def maybe_save(self, step: int, trainer: Trainer, source: StepSource) -> None:
         """Save when the cadence or the clock says so, at a new best where that is kept, and at the end."""
         config = self.save_config
         late = config.seconds is not None and time.monotonic() - self._last_save >= config.seconds
@@ -255,7 +252,7 @@ class Run:
         if self._save_cadence.due(step) or late or best or last:
             self.save(trainer, source)
 
-    def save(self, trainer: Trainer, source: Source) -> None:
+    def save(self, trainer: Trainer, source: StepSource) -> None:
         """Save the current step, behind training, with the older ones that retention keeps, and export if asked."""
         step = self.progress.step
         self._flush()

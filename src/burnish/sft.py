@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -64,7 +64,7 @@ from burnish.train.checkpoint import (
     verify_checkpoint,
 )
 from burnish.train.optim import DTYPES
-from burnish.types import Sample, UserError
+from burnish.types import Sample, StepInput, UserError
 
 LOG = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Session:
     facts: list[tuple[str, str]]
     """What was said of it at its start."""
     feed: Feed
-    source: Prefetch
+    source: Prefetch[StepInput]
     trainer: Rank | RankGroup
     layout: Layout
     length: RunLength
@@ -320,7 +320,7 @@ class SFT:
             source.load_state_dict(state["cursor"])
             progress = self._known_here(Progress.from_state(state["progress"]))
             LOG.info("going on from %s", checkpoint)
-        prefetch = Prefetch(source)
+        prefetch = Prefetch(source, partial(pack, layout=layout, normalization=recipe.train.loss))
         stack.callback(prefetch.close)
         facts = start_facts(parts, length, layout, trainer)
         console.facts(f"burnish sft: {recipe.run.name or folder.path.name}", facts)
@@ -349,7 +349,7 @@ class SFT:
         budget = layout.tokens_per_micro_batch
         lengths = [int(p.lengths.max()) for p in [*session.held_out, *(session.prepared or [])] if p.lengths.any()]
         if session.prepared is None:
-            lengths += [len(sample.tokens) for sample in session.source.peek()]
+            lengths += [len(sample.tokens) for sample in session.source.peek().samples]
         longest = min(max(lengths), budget)
         number = budget // longest * layout.data_ranks
         samples = [_all_trained(longest, index, self.parts.num_embeddings) for index in range(number)]
@@ -375,8 +375,6 @@ class SFT:
             folder=folder,
             total_steps=session.length.total_steps,
             epoch_ends=session.length.epoch_ends,
-            layout=session.layout,
-            normalization=recipe.train.loss,
             clock=session.clock,
             window=StepWindow(
                 session.clock, progress.totals, parts.utilisation(session.trainer.world_size), session.trainer.memory

@@ -292,6 +292,20 @@ class Source(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class StepSource(Protocol):
+    """What the loop draws on: a `Source` whose samples come packed, and perhaps ahead of training."""
+
+    def next(self) -> StepInput:
+        """The next optimizer step, or what the source or the packer raised in its place."""
+        ...
+
+    def update(self, trainer: Trainer) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON: the cursor after the last step that `next` returned."""
+        ...
+
+
 class Loss(Protocol):
     """A pure function of the scores of a pack: the sum of weighted losses, and statistics to report."""
 

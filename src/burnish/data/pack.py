@@ -145,8 +145,7 @@ def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
     size = 1
     while size < len(lengths):
         size *= 2
-    free = np.zeros(2 * size, np.int64)
-    free[size : size + len(lengths)] = budget
+    free = [0] * size + [budget] * len(lengths) + [0] * (size - len(lengths))
     for node in range(size - 1, 0, -1):
         free[node] = max(free[2 * node], free[2 * node + 1])
     bins: list[list[int]] = [[] for _ in lengths]

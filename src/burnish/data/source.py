@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -312,39 +312,52 @@ def count_steps(order: Order, lengths: Sequence[SampleLengths], size: BatchSize,
     return num_steps + (num_samples > 0)
 
 
-Ready = tuple[list[Sample], dict[str, Any], BaseException | None]
-"""A batch and the cursor after it, or what was raised in its place."""
+Made = TypeVar("Made")
 
 
-class Prefetch:
-    """A source whose next batches are made ready by a thread while the current one trains.
+@dataclass(frozen=True)
+class _Ready(Generic[Made]):
+    """What was made of a batch, and the cursor after it; or what was raised in its place."""
 
-    The thread produces (batch, cursor after it) up to `lag` ahead and waits while that many lie ready; `next` consumes
-    them and waits for the thread; closing unblocks it. What the source raises is raised by the `next` it belongs to.
+    made: Made | None
+    state: dict[str, Any]
+    error: BaseException | None = None
+
+    def get(self) -> Made:
+        if self.error is not None:
+            raise self.error
+        assert self.made is not None
+        return self.made
+
+
+class Prefetch(Generic[Made]):
+    """A source whose next batches are drawn, and made into what the loop takes, by a thread while the current one
+    trains.
+
+    The thread produces (what `make` returns of a batch, cursor after it) up to `lag` ahead and waits while that many
+    lie ready; `next` consumes them and waits for the thread; closing unblocks it. What the source or `make` raises is
+    raised by the `next` it belongs to, and the cursor stays before that batch.
     """
 
-    def __init__(self, source: Source, lag: int = 2) -> None:
+    def __init__(self, source: Source, make: Callable[[list[Sample]], Made], lag: int = 2) -> None:
         self._source = source
+        self._make = make
         self._state = source.state_dict()
-        self._ready: queue.Queue[Ready] = queue.Queue(lag)
-        self._peeked: Ready | None = None
+        self._ready: queue.Queue[_Ready[Made]] = queue.Queue(lag)
+        self._peeked: _Ready[Made] | None = None
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def next(self) -> list[Sample]:
-        samples, state, error = self._first()
+    def next(self) -> Made:
+        ready = self._first()
         self._peeked = None
-        if error is not None:
-            raise error
-        self._state = state
-        return samples
+        made = ready.get()
+        self._state = ready.state
+        return made
 
-    def peek(self) -> list[Sample]:
+    def peek(self) -> Made:
         """What the next `next` returns, or raises, without handing it out."""
-        samples, _, error = self._first()
-        if error is not None:
-            raise error
-        return samples
+        return self._first().get()
 
     def update(self, trainer: Trainer) -> None:
         self._source.update(trainer)
@@ -367,7 +380,7 @@ class Prefetch:
                     self._ready.get_nowait()
                 self._thread.join(timeout=0.05)
 
-    def _first(self) -> Ready:
+    def _first(self) -> _Ready[Made]:
         if self._thread is None:
             self._thread = threading.Thread(target=self._produce, name="prefetch", daemon=True)
             self._thread.start()
@@ -377,9 +390,10 @@ class Prefetch:
     def _produce(self) -> None:
         while not self._closed.is_set():
             try:
-                item: Ready = (self._source.next(), self._source.state_dict(), None)
+                samples, state = self._source.next(), self._source.state_dict()
+                ready = _Ready(self._make(samples), state)
             except BaseException as error:
-                item = ([], {}, error)
-            self._ready.put(item)
-            if item[2] is not None:
+                ready = _Ready[Made](None, {}, error)
+            self._ready.put(ready)
+            if ready.error is not None:
                 return

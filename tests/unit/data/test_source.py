@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -71,11 +72,11 @@ def sample_lengths(rows: Sequence[Sequence[int]]) -> SampleLengths:
     return SampleLengths(np.array([*chain(*kept)], np.int32), np.cumsum([0, *map(len, kept)]))
 
 
-def take_ids(source: RowSource | Prefetch, num_batches: int) -> list[list[str]]:
+def take_ids(source: RowSource | Prefetch[list[Sample]], num_batches: int) -> list[list[str]]:
     return [[sample.id for sample in source.next()] for _ in range(num_batches)]
 
 
-def take(source: RowSource | Prefetch, num_batches: int) -> list[list[int]]:
+def take(source: RowSource | Prefetch[list[Sample]], num_batches: int) -> list[list[int]]:
     return [[sample.index for sample in source.next()] for _ in range(num_batches)]
 
 
@@ -115,7 +116,7 @@ def test_a_cursor_goes_on_at_the_next_batch(stop: int, unit: Any, prefetch: bool
     size, rejected = BatchSize(unit, 9), {3: "bad", 40: "over_long", 99: "bad"}
     whole = take(make_source(100, size, rejected), 30)
     source = make_source(100, size, rejected)
-    first: RowSource | Prefetch = Prefetch(source) if prefetch else source
+    first: RowSource | Prefetch[list[Sample]] = Prefetch(source, list) if prefetch else source
     begun = take(first, stop)
     state = first.state_dict()
     if isinstance(first, Prefetch):
@@ -278,7 +279,7 @@ def test_many_bad_samples_of_few_rows_are_not_taken_for_a_pass_over_all() -> Non
 
 
 def test_a_row_that_stops_the_run_comes_at_its_batch_and_leaves_the_cursor() -> None:
-    source = Prefetch(make_source(20, BatchSize("samples", 4), {9: "bad"}, stop_on=["bad"], shuffle=False))
+    source = Prefetch(make_source(20, BatchSize("samples", 4), {9: "bad"}, stop_on=["bad"], shuffle=False), list)
     assert take(source, 2) == [[0, 1, 2, 3], [4, 5, 6, 7]]
     state = source.state_dict()
     with pytest.raises(RowsError, match="a:9: bad"):
@@ -294,8 +295,24 @@ def test_rows_that_are_all_dropped_are_an_error_not_a_hang() -> None:
         source.next()
 
 
+def test_batches_are_packed_by_the_thread_and_what_it_raises_comes_at_their_turn() -> None:
+    def make(samples: list[Sample]) -> tuple[list[int], int]:
+        if samples[0].index == 8:
+            raise UserError("no token of this step is trained")
+        return [sample.index for sample in samples], threading.get_ident()
+
+    source = Prefetch(make_source(20, BatchSize("samples", 4), shuffle=False), make)
+    made = [source.next(), source.next()]
+    assert [indices for indices, _ in made] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert threading.get_ident() not in {thread for _, thread in made}
+    with pytest.raises(UserError, match="no token of this step"):
+        source.next()
+    assert source.state_dict()["position"] == 8
+    source.close()
+
+
 def test_a_peek_hands_nothing_out() -> None:
-    source = Prefetch(make_source(8, BatchSize("samples", 4), shuffle=False))
+    source = Prefetch(make_source(8, BatchSize("samples", 4), shuffle=False), list)
     assert [s.index for s in source.peek()] == [0, 1, 2, 3]
     assert source.state_dict()["position"] == 0
     assert take(source, 2) == [[0, 1, 2, 3], [4, 5, 6, 7]]
