@@ -157,7 +157,7 @@ def test_a_run_that_goes_on_under_its_own_layout_is_the_same_to_the_bit(workshop
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["parallel.tp=2"], "tp=2 x pp=1 = 2 does not divide the 1 ranks"),
+        (["parallel.tp=2"], "tp=2 x pp=1 = 2 does not divide the number of ranks, 1"),
         (["cluster.devices_per_node=4", "parallel.tp=4"], "parallel.tp=4 does not divide num_key_value_heads=2"),
         (
             ["cluster.devices_per_node=2", "parallel.cp=2", "model.implementation=transformers"],
@@ -178,7 +178,7 @@ def test_a_layout_that_cannot_be_is_refused_before_rows_are_read(
 @pytest.mark.parametrize(
     ("key", "message", "status"),
     [
-        ("parallel.tp=3", "does not divide the 2 ranks", 2),
+        ("parallel.tp=3", "does not divide the number of ranks, 2", 2),
         ("data.train.0.path=absent.jsonl", "absent.jsonl", 1),
     ],
 )

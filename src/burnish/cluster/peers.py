@@ -29,7 +29,7 @@ from typing import Any
 
 from burnish.cluster.lifeline import Lifeline, Lifelines, keep_alive
 from burnish.cluster.phases import phase
-from burnish.cluster.ranks import ClusterError, Failure, Place, first, raise_failure, shared_values
+from burnish.cluster.ranks import ClusterError, Failure, Place, first, hang, raise_failure, shared_values
 from burnish.cluster.seat import Seat, Setting
 from burnish.config import ClusterConfig, RecipeError
 
@@ -267,17 +267,8 @@ class PeerRanks:
                 faulthandler.dump_traceback(file, all_threads=True)
         self.kill()
         hosts = {0: (socket.gethostname(), os.getpid()), **{rank: host[:2] for rank, host in self._hosts.items()}}
-        lines = [
-            f"  rank {rank} on {hosts[rank][0]} (pid {hosts[rank][1]}): {places.get(rank, 'no word')}" for rank in ranks
-        ]
-        logs = self._setting.logs
-        raise ClusterError(
-            f"{method} hangs: no answer within cluster.timeout={self._config.timeout:g} s from rank"
-            f"{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {self.world_size}\n"
-            + "\n".join(lines)
-            + ("" if logs is None else f"\nthe stacks of all ranks are in {logs}")
-            + "\na rank in a collective waits for one that is elsewhere; if none hangs, raise cluster.timeout"
-        )
+        waited_for = {rank: f"{hosts[rank][0]} (pid {hosts[rank][1]})" for rank in ranks}
+        raise hang(method, self._config.timeout, waited_for, places, self.world_size, self._setting.logs)
 
     def close(self) -> None:
         if self._over.acquire(blocking=False):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.cluster.janitor import MARK, janitor
-from burnish.cluster.ranks import ClusterError, LostRanks
+from burnish.cluster.ranks import ClusterError, LostRanks, counted
 from burnish.config import ClusterConfig, RecipeError
 
 if "ray" not in sys.modules:
@@ -205,9 +205,8 @@ def await_hosts(
         if fits is not None and now >= patience:
             left = next((n for n in range(len(able), 0, -1) if fits(n * per_host)), None)
             if left is not None:
-                LOG.warning(
-                    "%d of %d hosts are left: going on with %d ranks", len(able), config.num_nodes, left * per_host
-                )
+                going_on = counted(left * per_host, "rank")
+                LOG.warning("%d of %d hosts are left: going on with %s", len(able), config.num_nodes, going_on)
                 return able[:left], per_host
         if now >= deadline:
             raise ClusterError(

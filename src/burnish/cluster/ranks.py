@@ -11,7 +11,7 @@ import re
 import socket
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pkgutil import resolve_name
@@ -135,6 +135,31 @@ def raise_failure(failure: Failure, log: str | None = None) -> None:
     if failure.is_lost:
         raise LostRanks(f"{where} was lost in {failure.method}: {failure.text}{more}")
     raise ClusterError(f"{where} failed in {failure.method}: {failure.text}\n{failure.traceback.rstrip()}{more}")
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def hang(
+    method: str, timeout: float, ranks: Mapping[int, str], places: Mapping[int, str], world_size: int, logs: str | None
+) -> ClusterError:
+    """What the user sees of `ranks`, by rank with where each runs, that did not answer a call in time; `places` is
+    where in its code each rank is that told its stacks."""
+    names = ", ".join(map(str, ranks))
+    lines = [f"{method} hangs: no answer within cluster.timeout={timeout:g} s from rank"]
+    lines[0] += f"{'s' if len(ranks) > 1 else ''} {names} of {world_size}"
+    for rank, where in ranks.items():
+        lines.append(f"  rank {rank} on {where}: {places.get(rank, 'no word, not even from a thread of its own')}")
+    if logs is not None:
+        silent = ", ".join(str(rank) for rank in range(world_size) if rank not in places)
+        lines.append(
+            f"the stacks of all ranks are in {logs}"
+            + (f", but for rank {silent}: a process that is stopped, or gone, writes none" if silent else "")
+        )
+    lines.append("a rank in a collective waits for one that is elsewhere; if none hangs, raise cluster.timeout")
+    return ClusterError("\n".join(lines))
 
 
 class LocalRanks:

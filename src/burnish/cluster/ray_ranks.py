@@ -24,7 +24,7 @@ from typing import Any
 from burnish.cluster.lifeline import Lifeline, Lifelines
 from burnish.cluster.phases import phase
 from burnish.cluster.placement import await_hosts, connected, place_actors
-from burnish.cluster.ranks import ClusterError, Failure, Place, first, raise_failure, shared_values
+from burnish.cluster.ranks import ClusterError, Failure, Place, counted, first, hang, raise_failure, shared_values
 from burnish.cluster.seat import Seat, Setting, show
 from burnish.config import ClusterConfig
 
@@ -97,7 +97,7 @@ class RayRanks:
         placed = place_actors(Actor, config, hosts, per_host, resource, deadline, self._open)
         self.world_size = len(placed)
         num_hosts = len({host.id for host, _ in placed})
-        phase(f"placement: {self.world_size} ranks on {num_hosts} host{'s' if num_hosts > 1 else ''}")
+        phase(f"placement: {counted(self.world_size, 'rank')} on {counted(num_hosts, 'host')}")
 
         key = secrets.token_bytes(32)
         self._lines = Lifelines(ray.util.get_node_ip_address(), key, self._on_message)
@@ -217,19 +217,8 @@ class RayRanks:
     def _give_up(self, method: str, ranks: Sequence[int]) -> None:
         places = self._lines.stacks(5.0)
         self.kill()
-        lines = [
-            f"  rank {rank} on {self._settings[rank].place.host} (pid {self._pids.get(rank)}): "
-            f"{places.get(rank, 'no word, not even from a thread of its own')}"
-            for rank in ranks
-        ]
-        logs = self._settings[0].logs
-        raise ClusterError(
-            f"{method} hangs: no answer within cluster.timeout={self._config.timeout:g} s from rank"
-            f"{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {self.world_size}\n"
-            + "\n".join(lines)
-            + ("" if logs is None else f"\nthe stacks of all ranks are in {logs}")
-            + "\na rank in a collective waits for one that is elsewhere; if none hangs, raise cluster.timeout"
-        )
+        waited_for = {rank: f"{self._settings[rank].place.host} (pid {self._pids.get(rank)})" for rank in ranks}
+        raise hang(method, self._config.timeout, waited_for, places, self.world_size, self._settings[0].logs)
 
     def _on_message(self, rank: int, message: tuple[Any, ...]) -> None:
         if message[0] == "log":

@@ -35,13 +35,14 @@ class Degrees:
             dp_shard, rest = divmod(world, prod(fixed.values()))
             if rest or not dp_shard:
                 raise RecipeError(
-                    f"parallel: {numbers} = {prod(fixed.values())} does not divide the {world} ranks there are; lower "
+                    f"parallel: {numbers} = {prod(fixed.values())} does not divide the number of ranks, {world}; lower "
                     "one of them, or change cluster.num_nodes or cluster.devices_per_node"
                 )
         elif prod(fixed.values()) * dp_shard != world:
             raise RecipeError(
-                f"parallel: {numbers} x dp_shard={dp_shard} = {prod(fixed.values()) * dp_shard}, and there are {world} "
-                "ranks; set parallel.dp_shard to auto, or change cluster.num_nodes or cluster.devices_per_node"
+                f"parallel: {numbers} x dp_shard={dp_shard} = {prod(fixed.values()) * dp_shard}, and the number "
+                f"of ranks is {world}; set parallel.dp_shard to auto, or change cluster.num_nodes or "
+                "cluster.devices_per_node"
             )
         degrees = cls(**fixed, dp_shard=dp_shard, ep=parallel.ep, etp=parallel.etp)
         inner = degrees.dp_shard * degrees.cp * degrees.tp

@@ -513,9 +513,10 @@ def _write_failure(root: Path, step: int, needed: int, error: OSError) -> str:
     still = f"{latest} is complete and still the latest" if latest else "there was no checkpoint before it"
     where = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
     free = shutil.disk_usage(root).free / 2**20
+    size = f"{needed / 2**20:,.0f}" if needed >= 2**20 else "under 1"
     return (
         f"the checkpoint of step {step} could not be written below {root}{where}: {error.strerror or error} (it takes "
-        f"{needed / 2**20:,.0f} MiB, {free:,.0f} MiB are free); {still}. Make room or lower checkpoint.keep, and start "
+        f"{size} MiB, {free:,.0f} MiB are free); {still}. Make room or lower checkpoint.keep, and start "
         "again"
     )
 

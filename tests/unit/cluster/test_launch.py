@@ -12,7 +12,16 @@ from burnish.cluster.launch import is_local, open_ranks, serve_as_peer, with_res
 from burnish.cluster.numa import local_cores, parse_cores
 from burnish.cluster.peers import World, environment_world, first_host
 from burnish.cluster.placement import rank_order
-from burnish.cluster.ranks import ClusterError, Failure, LocalRanks, LostRanks, first, raise_failure, shared_values
+from burnish.cluster.ranks import (
+    ClusterError,
+    Failure,
+    LocalRanks,
+    LostRanks,
+    first,
+    hang,
+    raise_failure,
+    shared_values,
+)
 from burnish.config import ClusterConfig, RecipeError
 from burnish.recipe import recipe_from_dict
 from burnish.types import UserError
@@ -151,6 +160,19 @@ def test_what_the_user_sees_of_a_failure() -> None:
 
     with pytest.raises(Mended, match=r"^set a.b to 1$"):
         raise_failure(Failure.of(Mended("set a.b to 1"), Place(1, 2, 1, "host", "cpu"), "step"))
+
+
+def test_what_the_user_sees_of_a_hang() -> None:
+    where = {0: "a (pid 1)", 2: "b (pid 3)"}
+    text = str(hang("step", 5.0, where, {0: "in total", 1: "between calls"}, 3, "runs/a/logs"))
+    for part in (
+        "step hangs: no answer within cluster.timeout=5 s from ranks 0, 2 of 3",
+        "rank 0 on a (pid 1): in total",
+        "rank 2 on b (pid 3): no word",
+        "the stacks of all ranks are in runs/a/logs, but for rank 2: a process that is stopped",
+    ):
+        assert part in text
+    assert "but for" not in str(hang("step", 5.0, where, dict.fromkeys(range(3), "here"), 3, "runs/a/logs"))
 
 
 def test_shared_values_are_told_by_identity() -> None:
