@@ -188,11 +188,11 @@ def square_rows(weight_OI: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def initialise_adapters(model: CausalLM, seed: int, write: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+def initialise_adapters(model: CausalLM, seed: int, part_of: Callable[[Tensor], tuple[Tensor, Box]] = whole) -> None:
     """Write first values, as peft draws them: A as `lora.init` says, B zero, DoRA's lengths those of the base's rows.
 
     Call it once the base has its weights. A is drawn on the CPU in float32 from a generator of its own, seeded by
-    (seed, name), so that no layout changes it; `write` copies what belongs to this rank of a whole tensor.
+    (seed, name), so that no layout changes it; `part_of` is as in `zoo.initialise`.
     """
     config = peft_config(model)
     assert config is not None, "inject adapters first"
@@ -204,7 +204,8 @@ def initialise_adapters(model: CausalLM, seed: int, write: Callable[[Tensor, Ten
             drawn = torch.normal(0.0, 1 / config.r, tuple(a.shape), generator=generator)
         else:
             drawn = (torch.rand(tuple(a.shape), generator=generator) * 2 - 1) / math.sqrt(a.shape[1])
-        write(a, drawn)
+        local, box = part_of(a)
+        local.copy_(drawn[box])
         b.zero_()
         if config.use_dora:
             layer.lora_magnitude_vector[NAME].weight.copy_(square_rows(layer.get_base_layer().weight).sqrt())

@@ -6,7 +6,7 @@ The only registry of the project: Hugging Face architecture -> our module. Any o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,15 +19,13 @@ from burnish.config import ModelConfig
 from burnish.model.attention import Kernel, attend_sdpa, choose_attention
 from burnish.model.base import CausalLM, UnsupportedModel, saved_buffers
 from burnish.model.dense import LLAMA, QWEN2, QWEN3, DenseLM
-from burnish.model.hf_io import find_folder, locate_tensors, named_weights, read_config, read_weights
+from burnish.model.hf_io import Box, find_folder, locate_tensors, named_weights, read_config, read_weights, whole
 from burnish.model.mla import DEEPSEEK_V3, GLM4_MOE_LITE, LatentMoE
 from burnish.model.moe import Qwen3MoE, set_compute
 from burnish.types import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from burnish.model.hf_model import HFModel
 
 ARCHITECTURES: Mapping[str, Callable[[dict[str, Any], Kernel], CausalLM]] = {
     "LlamaForCausalLM": partial(DenseLM, family=LLAMA),
@@ -107,8 +105,8 @@ def load_model(
     """
     origin = locate(model)
     if origin.implementation == "transformers":
-        loaded = _load_by_transformers(model, origin.config, origin.folder, device, dtype, compute_dtype, seed)
-        return Loaded(loaded, origin.implementation, origin.reason, loaded.attention, origin.folder)
+        types: dict[str, Any] = {"dtype": dtype, "compute_dtype": compute_dtype}
+        return load_by_transformers(model, origin, device=device, **types, seed=seed)
     attention = choose_attention(model.attention, device, compute_dtype)
     native = build(origin.config, attention.kernel, dtype=dtype, device=device, compute=compute_dtype)
     if model.init:
@@ -164,29 +162,34 @@ def adopt_model(
     return Loaded(native, implementation, reason, attention.name, folder)
 
 
-def _load_by_transformers(
+def load_by_transformers(
     model: ModelConfig,
-    config: dict[str, Any],
-    folder: Path,
+    origin: Origin,
+    *,
     device: torch.device | str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Literal["auto"],
     compute_dtype: torch.dtype,
     seed: int,
-) -> HFModel:
+    storage: torch.device | str | None = None,
+) -> Loaded:
+    """The model of a recipe in modules of `transformers`, to run on `device`, its weights on `storage` (by default the
+    same). `dtype` auto is the checkpoint's. Raises as `load_model`."""
     from burnish.model.hf_model import load_hf_model  # transformers takes seconds to import
 
     if not model.init:
-        locate_tensors(folder)  # transformers would go on to .bin files, or fail without a remedy
-    return load_hf_model(
-        folder,
+        locate_tensors(origin.folder)  # transformers would go on to .bin files, or fail without a remedy
+    loaded = load_hf_model(
+        origin.folder,
         device=device,
         dtype=dtype,
         compute_dtype=compute_dtype,
         attention=model.attention,
         trust_remote_code=model.trust_remote_code,
-        init_config=config if model.init else None,
+        init_config=origin.config if model.init else None,
         seed=seed,
+        storage=storage,
     )
+    return Loaded(loaded, origin.implementation, origin.reason, loaded.attention, origin.folder)
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
@@ -264,11 +267,12 @@ def shallow(config: dict[str, Any], num_layers: int = 2) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def initialise(model: CausalLM, seed: int, write: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+def initialise(model: CausalLM, seed: int, part_of: Callable[[Tensor], tuple[Tensor, Box]] = whole) -> None:
     """Write random weights as `transformers` does: matrices from N(0, initializer_range^2), norms 1, biases 0.
 
-    Every tensor is drawn on the CPU in float32 from a generator of its own, seeded by (seed, name), so that neither
-    layout nor device nor data type changes it. `write` copies what belongs to this rank of a whole tensor.
+    Every matrix is drawn on the CPU in float32 from a generator of its own, seeded by (seed, name), so that neither
+    layout nor device nor data type changes it; of stacked experts each for itself, and only those that are here.
+    `part_of` says which memory this rank has of a parameter, and which part of the whole that is.
     """
     deviation = model.config.get("initializer_range") or 0.02
     for name, weight in named_weights(model).items():
@@ -277,7 +281,17 @@ def initialise(model: CausalLM, seed: int, write: Callable[[Tensor, Tensor], obj
         elif weight.ndim == 1:
             weight.fill_(1.0)
         else:
-            write(weight, torch.normal(0.0, deviation, tuple(weight.shape), generator=_generator(seed, name)))
+            local, box = part_of(weight)
+            shape = tuple(weight.shape)
+            if name in model.stacks:
+                for expert, row in zip(range(*box[0].indices(shape[0])), local, strict=True):
+                    row.copy_(_normal(shape[1:], deviation, seed, f"{name}.{expert}")[box[1:]])
+            else:
+                local.copy_(_normal(shape, deviation, seed, name)[box])
+
+
+def _normal(shape: Sequence[int], deviation: float, seed: int, name: str) -> Tensor:
+    return torch.normal(0.0, deviation, tuple(shape), generator=_generator(seed, name))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -31,7 +31,7 @@ from burnish.parallel.mesh import Mesh
 from burnish.parallel.pp import PipelineEngine, keep_part
 from burnish.parallel.recompute import Blocks
 from burnish.parallel.stages import Part, cut_model, parts_of
-from burnish.parallel.weights import fill, local_part, read_weights
+from burnish.parallel.weights import local_part, read_weights
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,19 @@ class Parallelism:
             )
         return execution
 
-    def shard_loaded(self, model: CausalLM, precision: Precision, blocks: Blocks) -> MeshExecution:
-        """A model that has its weights, whoever wrote its modules, sharded over data-parallel ranks alone."""
+    def shard_loaded(
+        self, model: CausalLM, precision: Precision, blocks: Blocks, held: torch.dtype | None = None
+    ) -> MeshExecution:
+        """A model that has its weights, whoever wrote its modules, sharded over data-parallel ranks alone.
+
+        Weights on the host go to the device, and get the type `held`, block by block as they are sharded.
+        """
         blocks.wrap(model)
-        modules = self._shard(model, precision)
+        modules = self._shard(model, precision, held)
         sharding = self._sharding(modules, precision)
         return MeshExecution(model, precision.compute, self.mesh.device, self.mesh, sharding, model)
 
-    def _shard(self, model: CausalLM, precision: Precision) -> Sequence[FSDPModule]:
+    def _shard(self, model: CausalLM, precision: Precision, held: torch.dtype | None = None) -> Sequence[FSDPModule]:
         return shard(
             model,
             self.mesh,
@@ -138,6 +143,7 @@ class Parallelism:
             compute=precision.compute,
             reduce=torch.promote_types(precision.master, precision.reduce),
             offload=self.parallel.offload == "parameters",
+            held=held,
         )
 
     def _sharding(self, modules: Sequence[FSDPModule], precision: Precision) -> Sharding:
@@ -176,7 +182,7 @@ def load_weights(execution: MeshExecution, folder: Path | None, seed: int, lora:
         for module in model.modules():
             module._buffers.update({n: b.to(execution.device) for n, b in module._buffers.items() if b is not None})
         if folder is None:
-            initialise(model, seed, fill)
+            initialise(model, seed, local_part)
         else:
             read_weights(folder, model, shapes)
         if lora is not None and lora.path is not None:
@@ -187,5 +193,5 @@ def load_weights(execution: MeshExecution, folder: Path | None, seed: int, lora:
             }
             read_adapter(lora.path, model, lora, trained, local_part)
         elif lora is not None:
-            initialise_adapters(model, seed, fill)
+            initialise_adapters(model, seed, local_part)
     execution.after_update()

@@ -61,13 +61,6 @@ def _shape(box: Box) -> tuple[int, ...]:
     return tuple(side.stop - side.start for side in box)
 
 
-@torch.no_grad()
-def fill(parameter: Tensor, full: Tensor) -> None:
-    """Copy what this rank holds of `parameter` out of the whole tensor."""
-    local, box = local_part(parameter)
-    local.copy_(full[box])
-
-
 def read_weights(
     folder: Path, model: CausalLM | Sequence[CausalLM], expected: Mapping[str, torch.Size] | None = None
 ) -> None:

@@ -24,7 +24,7 @@ from burnish.parallel.degrees import Degrees
 from burnish.parallel.lora import cut_adapters
 from burnish.parallel.mesh import Mesh
 from burnish.parallel.tp import VocabularyParallel, parallelize
-from burnish.parallel.weights import export, export_adapter, fill, gather, local_part, read_weights
+from burnish.parallel.weights import export, export_adapter, gather, local_part, read_weights
 from burnish.types import Documents
 
 CONFIG = tiny_config("qwen2", tie_word_embeddings=False)
@@ -97,7 +97,7 @@ def run_kind(mesh: Mesh, sequence_parallel: bool, lora: LoraConfig, folder: Path
             module.set_gradient_divide_factor(1.0)
     model.to_empty(device="cpu")
     read_weights(folder.parent / "base", model)
-    initialise_adapters(model, 3, fill)
+    initialise_adapters(model, 3, local_part)
     first = dict(gather(trained(model)))
     disturb(model)
     loss = loss_of(model, mesh.data_rank, vocabulary)

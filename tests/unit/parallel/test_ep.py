@@ -27,6 +27,7 @@ from burnish.parallel.degrees import Degrees
 from burnish.parallel.ep import check_expert_parallel
 from burnish.parallel.mesh import Mesh
 from burnish.parallel.recompute import recompute_blocks
+from burnish.parallel.weights import local_part
 from burnish.types import Batch, Sample, UserError
 
 NUM_EXPERTS, TOP_K, SIZE, INNER = 8, 2, 16, 16
@@ -111,6 +112,8 @@ class Case:
     cp_kind: Kind = "ring"
     is_sharded: bool = False
     is_recomputed: bool = False
+    is_lopsided: bool = False
+    """Whether all tokens go to the first two experts, which the first rank has."""
 
     def __str__(self) -> str:
         return self.name
@@ -130,6 +133,9 @@ CASES = [
     Case("dp-tp-etp-sp-sharded", Degrees(dp_shard=2, tp=2, etp=2), sequence_parallel=True, is_sharded=True),
     Case("dp-tp-ep-4-sp", Degrees(dp_shard=2, tp=2, ep=4), sequence_parallel=True, family="glm4_moe_lite"),
     Case("cp-ep", Degrees(cp=2, ep=2)),
+    Case("ep-idle", Degrees(dp_shard=2, ep=2), family="glm4_moe_lite", is_lopsided=True),
+    Case("ep-idle-sharded", Degrees(dp_shard=4, ep=2), family="glm4_moe_lite", is_sharded=True, is_lopsided=True),
+    Case("tp-ep-idle-sp", Degrees(tp=2, ep=2), sequence_parallel=True, family="glm4_moe_lite", is_lopsided=True),
     Case("cp-tp-ep-sp", Degrees(cp=2, tp=2, ep=2), sequence_parallel=True, cp_kind="all_to_all"),
 ]
 
@@ -137,6 +143,13 @@ CASES = [
 def config_of(case: Case) -> dict[str, Any]:
     changes = {} if case.family == "qwen3_moe" else {"num_key_value_heads": 4}
     return tiny_config(case.family, **changes)
+
+
+def model_of(case: Case) -> CausalLM:
+    model = native_model(config_of(case), torch.float64)
+    for router in routers_of(model).values() if case.is_lopsided else ():
+        router.gate.e_score_correction_bias[:2] = 9.0
+    return model
 
 
 def batch_of(data_rank: int) -> Batch:
@@ -161,7 +174,7 @@ def begin(model: CausalLM, case: Case) -> None:
 
 def one_process(case: Case) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Gradients of the sum of all data ranks' losses, and how often each expert was chosen."""
-    model = native_model(config_of(case), torch.float64)
+    model = model_of(case)
     begin(model, case)
     for data_rank in range(case.degrees.dp_shard):
         batch = batch_of(data_rank)
@@ -177,7 +190,7 @@ def equals_one_process(case: Case) -> None:
     degrees = case.degrees
     cp = ContextParallel(mesh.group("cp"), case.cp_kind) if degrees.cp > 1 else None
     model = zoo.build(config_of(case), cp.kernel(attend_sdpa) if cp else attend_sdpa, dtype=torch.float64, device="cpu")
-    model.load_state_dict(native_model(config_of(case), torch.float64).state_dict())
+    model.load_state_dict(model_of(case).state_dict())
     if degrees.tp > 1:
         tp.parallelize(model, mesh.axis("tp"), case.sequence_parallel)
     ep.parallelize(model, mesh, case.sequence_parallel)
@@ -225,8 +238,38 @@ def shard_with_sums(model: CausalLM, mesh: Mesh) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_model_has_the_gradients_of_one_process(case: Case):
-    """With the routers' losses in them, and padding where tokens are cut."""
+    """With the routers' losses in them, padding where tokens are cut, and experts that get no token anywhere."""
     run_ranks(case.degrees.world, equals_one_process, case)
+
+
+def draw_experts() -> list[tuple[int, ...]]:
+    """The shapes of all tensors that a rank draws for its part of a model."""
+    config, mesh, shapes = tiny_config("qwen3_moe"), Mesh(Degrees(dp_shard=2, ep=2), torch.device("cpu")), []
+    model = zoo.build(config, attend_sdpa, dtype=torch.float32, device="meta")
+    ep.parallelize(model, mesh, False)
+    model.to_empty(device="cpu")
+    normal = torch.normal
+
+    def recorded(mean: float, deviation: float, shape: tuple[int, ...], **options: Any) -> Tensor:
+        shapes.append(shape)
+        return normal(mean, deviation, shape, **options)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(torch, "normal", recorded)
+        zoo.initialise(model, 0, local_part)
+    whole = dict(native_model(config, torch.float32).named_parameters())
+    for name, parameter in model.named_parameters():
+        local, box = local_part(parameter)
+        assert torch.equal(local, whole[name][box]), name
+    return shapes
+
+
+def test_a_rank_draws_its_own_experts_alone():
+    """What it draws are single experts, the same as in one process."""
+    for shapes in run_ranks(2, draw_experts):
+        assert shapes.count((2, 16, 32)) == 2 * NUM_EXPERTS // 2  # of two layers
+        assert shapes.count((32, 16)) == 2 * NUM_EXPERTS // 2
+        assert max(map(len, shapes)) == 3
 
 
 def test_experts_that_ranks_cannot_share_are_refused():

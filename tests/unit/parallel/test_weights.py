@@ -21,7 +21,7 @@ from burnish.model.attention import attend_sdpa
 from burnish.model.base import CausalLM
 from burnish.parallel.degrees import Degrees
 from burnish.parallel.mesh import Mesh
-from burnish.parallel.weights import box_of, export, fill, gather, gather_full, local_part, publish, read_weights
+from burnish.parallel.weights import box_of, export, gather, gather_full, local_part, publish, read_weights
 from burnish.types import UserError
 
 CONFIG = tiny_config("qwen3", vocab_size=509, intermediate_size=66, tie_word_embeddings=False)
@@ -75,7 +75,7 @@ def check_layout(degrees: Degrees, folder: str) -> dict[str, Any]:
         assert torch.equal(local, values[name][box].double()), name
 
     drawn = lay_out(bare_model("cpu"), mesh)
-    zoo.initialise(drawn, 0, fill)
+    zoo.initialise(drawn, 0, local_part)
     gathered = gather_full(drawn)
     assert gathered.keys() == (values.keys() if dist.get_rank() == 0 else set())
     assert all(torch.equal(gathered[name], values[name]) for name in gathered)
