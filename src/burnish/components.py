@@ -32,7 +32,17 @@ from burnish.model.hf_io import fingerprint_weights
 from burnish.model.lora import initialise_adapters, inject, read_adapter
 from burnish.model.probe import leak_tolerance, probe_isolation
 from burnish.model.vocabulary import TokenizerFacts, check_vocabulary, stop_ids
-from burnish.model.zoo import Loaded, adopt_model, build, describe_model, initialise, load_model, locate, shallow
+from burnish.model.zoo import (
+    Loaded,
+    adopt_model,
+    build,
+    describe_model,
+    initialise,
+    load_by_transformers,
+    load_model,
+    locate,
+    shallow,
+)
 from burnish.observe.flops import peak_flops
 from burnish.observe.metrics import Utilisation
 from burnish.parallel.apply import Parallelism, Precision, load_weights
@@ -318,11 +328,21 @@ class RankComponents(Components):
         parallelism = Parallelism(self.mesh, recipe.parallel)
         origin = locate(recipe.model)
         if origin.implementation == "transformers":
-            # It makes its modules its own way, so each rank has all of it on the host for a moment.
-            types = {"dtype": self.held, "compute_dtype": precision.compute}
-            loaded = load_model(recipe.model, device=self.device, **types, seed=recipe.run.seed)
+            # It makes its modules its own way, so each rank has all of it on the host for a moment: as pages of the
+            # checkpoint's files, where its types are those of the files, or become so when they are sharded.
+            widens = self.held == torch.float32 and recipe.lora is None and not recipe.model.init
+            loaded = load_by_transformers(
+                recipe.model,
+                origin,
+                device=self.device,
+                dtype="auto" if widens else self.held,
+                compute_dtype=precision.compute,
+                seed=recipe.run.seed,
+                storage="cpu",
+            )
             self._adapt(loaded.model)
-            return loaded, parallelism.shard_loaded(loaded.model, precision, self.blocks)
+            held = self.held if widens else None
+            return loaded, parallelism.shard_loaded(loaded.model, precision, self.blocks, held)
         attention = choose_attention(recipe.model.attention, self.device, precision.compute)
         kernel = parallelism.kernel(attention.kernel)
         shapes = {"dtype": self.held, "device": "meta", "compute": precision.compute}

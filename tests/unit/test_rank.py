@@ -10,12 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
+from safetensors.torch import load_file
+from tiny import native_model, tiny_config
 
+from burnish.components import RankComponents
 from burnish.data.pack import Layout, pack
 from burnish.model.vocabulary import TokenizerFacts
 from burnish.observe.metrics import Stopwatch
 from burnish.parallel.degrees import Degrees
+from burnish.parallel.mesh import Mesh
+from burnish.parallel.weights import local_part
 from burnish.rank import RankGroup, answering_device, packed, unpacked
+from burnish.recipe import recipe_from_dict
 from burnish.types import Sample, StepInput, Weighted
 
 
@@ -75,6 +82,28 @@ def test_peers_of_a_data_rank_share_one_object_and_one_rank_tells_the_statistics
     assert by_rank[0] is by_rank[1]
     assert by_rank[2] is by_rank[3]
     assert by_rank[0] is not by_rank[2]
+
+
+def shards_of_transformers(folder: str) -> tuple[int, int]:
+    """How many values of a model in bf16 there are here, in fp32, and how many in all."""
+    keys: dict[str, Any] = {"data": {}, "model": {"path": folder, "implementation": "transformers"}}
+    mesh = Mesh(Degrees(dp_shard=2), torch.device("cpu"))
+    parts = RankComponents(recipe_from_dict(keys), Path(folder), mesh=mesh)
+    stored = load_file(Path(folder, "model.safetensors"))
+    parameters = parts.execution.parameters()
+    assert parameters.keys() == stored.keys()
+    for name, parameter in parameters.items():
+        local, box = local_part(parameter)
+        assert local.dtype == torch.float32
+        assert torch.equal(local, stored[name].float()[box]), name
+    return sum(local_part(p)[0].numel() for p in parameters.values()), parts.loaded.num_parameters
+
+
+def test_a_model_of_transformers_is_cut_on_the_host_and_widened_as_it_is_cut(tmp_path: Path) -> None:
+    native_model(tiny_config(), torch.float32).export(tmp_path, torch.bfloat16)
+    (first, whole), (second, _) = run_ranks(2, shards_of_transformers, str(tmp_path))
+    assert first + second == whole
+    assert 0.4 * whole < first < 0.6 * whole
 
 
 def test_the_parts_of_a_step_take_as_long_as_on_the_slowest_rank() -> None:

@@ -154,24 +154,28 @@ def load_hf_model(
     name: str | Path,
     *,
     device: torch.device | str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Literal["auto"],
     compute_dtype: torch.dtype,
     attention: Literal["auto", "sdpa", "varlen"] = "auto",
     revision: str = "main",
     trust_remote_code: bool = False,
     init_config: dict[str, Any] | None = None,
     seed: int = 0,
+    storage: torch.device | str | None = None,
 ) -> HFModel:
     """The model of a folder or hub id, or with random weights drawn from `seed` where `init_config` is given.
 
-    `dtype` is that of the parameters, `compute_dtype` that of the activations, by which the attention kernel is chosen.
+    `dtype` is that of the parameters, auto the checkpoint's; `compute_dtype` that of the activations, by which, and by
+    the `device` to run on, the attention kernel is chosen. Weights lie on `storage`, by default the same: on a CPU, in
+    the checkpoint's type, they are the pages of its files, of which a host has one copy for all processes.
     Raises UserError where there is no such model, weights are missing, or the logits are not those of a `Head`.
     """
     if init_config is None:
         inner = read_inner(name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     else:
+        assert dtype != "auto", "random weights have no checkpoint"
         inner = _initialise(init_config, trust_remote_code, dtype, seed)
-    return wrap_hf_model(inner, device=device, compute_dtype=compute_dtype, attention=attention)
+    return wrap_hf_model(inner, device=device, compute_dtype=compute_dtype, attention=attention, storage=storage)
 
 
 def wrap_hf_model(
@@ -180,9 +184,11 @@ def wrap_hf_model(
     device: torch.device | str,
     compute_dtype: torch.dtype,
     attention: Literal["auto", "sdpa", "varlen"] = "auto",
+    storage: torch.device | str | None = None,
 ) -> HFModel:
-    """A loaded model of `transformers`, moved to `device`, as one of ours. Raises UserError as `load_hf_model` does."""
-    nn.Module.to(inner, device)
+    """A loaded model of `transformers` as one of ours, to run on `device`, its weights moved to `storage`, by default
+    the same. Raises UserError as `load_hf_model` does."""
+    nn.Module.to(inner, storage or device)
     # varlen knows no cap of scores, so auto must not choose it for a model that has one.
     asked = "sdpa" if attention == "auto" and _caps_scores(inner) else attention
     model = HFModel(inner, choose_attention(asked, device, compute_dtype))

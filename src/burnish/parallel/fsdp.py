@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from burnish.model.base import CausalLM
@@ -49,10 +49,12 @@ def shard(
     compute: torch.dtype,
     reduce: torch.dtype,
     offload: bool = False,
+    held: torch.dtype | None = None,
 ) -> Sequence[FSDPModule]:
     """Shard the parameters of `model`, which may be on meta, over the data-parallel and context-parallel ranks.
 
     Returns the modules that gather and reduce. Experts that expert-parallel ranks share are sharded over the others.
+    What lies on another device, and is of another type than `held`, is brought over and converted one block at a time.
 
     Stage 3 gathers the weights of a block for its forward and again for its backward; 2 keeps them from the first
     forward of a step to its last backward; 1 keeps whole gradients, too, and reduces them once a step. Embedding, last
@@ -63,7 +65,13 @@ def shard(
     """
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
     offload_policy = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
-    wrap = partial(fully_shard, mp_policy=policy, offload_policy=offload_policy)
+
+    def wrap(module: nn.Module, **how: Any) -> None:
+        for parameter in module.parameters():
+            if held is not None and parameter.dtype != held:
+                parameter.data = parameter.data.to(held)
+        fully_shard(module, mp_policy=policy, offload_policy=offload_policy, **how)
+
     if mesh.degrees.ep * mesh.degrees.etp * mesh.degrees.tp > 1:  # with tp alone its ranks share whole experts
         for experts in (module for module in model.modules() if isinstance(module, Experts)):
             wrap(experts, mesh=mesh.expert_shards, reshard_after_forward=zero == 3)

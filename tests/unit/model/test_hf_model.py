@@ -216,6 +216,25 @@ def test_an_export_is_in_the_type_asked_for_and_tied_weights_are_written_once(tm
     assert next(model.parameters()).dtype == torch.float32
 
 
+def mapped_file(address: int) -> str:
+    """The file whose pages lie at an address of this process; nothing where it is memory of its own."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        bounds, *rest = line.split()
+        first, behind = (int(bound, 16) for bound in bounds.split("-"))
+        if first <= address < behind:
+            return rest[-1] if len(rest) > 4 else ""
+    raise AssertionError(f"{address:x} is not mapped")
+
+
+def test_weights_in_the_checkpoints_type_are_the_pages_of_its_files(tmp_path: Path) -> None:
+    make("granite").export(tmp_path, torch.bfloat16)
+    types: Any = {"dtype": "auto", "compute_dtype": torch.bfloat16}
+    model = load_hf_model(tmp_path, device="meta", **types, storage="cpu")
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert mapped_file(parameter.data_ptr()) == str(tmp_path / "model.safetensors"), name
+
+
 def test_missing_weights_are_an_error(tmp_path: Path) -> None:
     make("granite").export(tmp_path, torch.float32)
     config = json.loads((tmp_path / "config.json").read_text())
