@@ -30,7 +30,9 @@ def offload_activations(blocks: Sequence[nn.Module]) -> None:
 def _forward(block: nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:
     copies = _Copies(block)
     with saved_tensors_hooks(copies.pack, _unpack):
-        return forward(*inputs)
+        output = forward(*inputs)
+    copies.let_go()
+    return output
 
 
 class _Copies:
@@ -48,6 +50,10 @@ class _Copies:
             # The tensor is kept until the block ends, so that no other takes its place.
             self._made[place] = tensor, _Copy(tensor)
         return self._made[place][1]
+
+    def let_go(self) -> None:
+        """Of the tensors. Autograd keeps `pack`, and all that it reaches, for as long as what was packed."""
+        self._made.clear()
 
     def _is_weight(self, tensor: Tensor) -> bool:
         # Asked anew each time: experts are gathered after the forward of their block has begun.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from burnish.parallel import offload
+from burnish.parallel.offload import offload_activations
 from burnish.parallel.recompute import SAVED_BY_SELECTIVE, Blocks, recompute_blocks
 from burnish.types import Documents
 
@@ -101,3 +103,22 @@ def test_selective_computes_no_product_again(family: str) -> None:
         counts[mode] = products.counts
     assert counts["selective"][True] == counts["none"][True] < counts["full"][True]
     assert counts["selective"][False] > counts["none"][False]
+
+
+def test_a_block_that_has_run_keeps_no_tensor_that_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "SMALLEST", 0)
+    weight = torch.randn(4, 4, requires_grad=True)
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    class Doubled(torch.nn.Module):
+        def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+            inside_TD = x_TD @ weight
+            seen.append(weakref.ref(inside_TD))
+            return inside_TD.sin()
+
+    block = Doubled()
+    offload_activations([block])
+    output_TD = block(torch.randn(3, 4))
+    assert seen[0]() is None
+    output_TD.sum().backward()
+    assert weight.grad is not None
