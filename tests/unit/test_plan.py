@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 
 from burnish.cli import main
 from burnish.config import Recipe
-from burnish.estimate import HARDWARE, NOTHING, Layout, RankModel, Sizes, bubble, rank_memory
 from burnish.observe.flops import peak_flops
 from burnish.observe.memory import Live
 from burnish.observe.plan_terminal import Section, draw
@@ -25,7 +24,10 @@ from burnish.parallel.degrees import Degrees
 from burnish.parallel.mesh import Mesh
 from burnish.parallel.tp import parallelize
 from burnish.parallel.trace import Micro, cut, trace
-from burnish.plan import build_on_meta, count_parameters, rank_models
+from burnish.plan.counting import build_on_meta, count_parameters
+from burnish.plan.layouts import rank_model
+from burnish.plan.memory import Layout, RankModel, Sizes, rank_memory, total
+from burnish.plan.timing import HARDWARE, bubble
 from burnish.recipe import recipe_from_dict
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"
@@ -87,7 +89,7 @@ def local_shapes(config: dict[str, Any], sequence_parallel: bool) -> dict[str, t
 def test_a_cut_model_is_what_a_tensor_parallel_rank_holds(changes: dict[str, Any]) -> None:
     config = tiny_config(**changes)
     model = build_on_meta(config, recipe_of(), "cpu")
-    cut(model, 2, True)
+    cut(model, Degrees(tp=2), True)
     assert {n: tuple(p.shape) for n, p in model.named_parameters()} == run_ranks(2, local_shapes, config, True)[0]
 
 
@@ -95,7 +97,7 @@ def test_sequence_parallelism_keeps_less() -> None:
     kept = []
     for sequence_parallel in (False, True):
         model = build_on_meta(tiny_config(), recipe_of(), "cuda")
-        cut(model, 2, sequence_parallel)
+        cut(model, Degrees(tp=2), sequence_parallel)
         kept.append(trace(model, Micro((64, 64), 100), "cuda")["none"].blocks[0].kept)
     whole = trace(build_on_meta(tiny_config(), recipe_of(), "cuda"), Micro((64, 64), 100), "cuda")["none"]
     assert whole.blocks[0].kept / 2 < kept[1] < kept[0] < whole.blocks[0].kept
@@ -116,7 +118,7 @@ def sharded(zero: int, world: int, **parallel: Any) -> tuple[RankModel, Layout, 
     recipe = recipe_of()
     recipe = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"zero": zero, **parallel})})
     degrees = Degrees(dp_shard=world // parallel.get("pp", 1), pp=parallel.get("pp", 1))
-    (model,) = rank_models(tiny_config(num_hidden_layers=4), recipe, degrees, Micro((64,), 40), "cuda").values()
+    model = rank_model(tiny_config(num_hidden_layers=4), recipe, degrees, Micro((64,), 40), "cuda")
     return model, Layout(recipe.parallel, degrees, Sizes.of(recipe), 4), recipe
 
 
@@ -131,9 +133,9 @@ def test_each_stage_of_zero_needs_less_than_the_one_before() -> None:
 def test_shards_add_up_to_the_model() -> None:
     model, layout, _ = sharded(3, 8)
     memory = rank_memory(model, layout, [range(4)], 0)
-    total = sum((block for block in model.blocks), NOTHING).all.total + model.embedding.all.total + model.head.all.total
-    assert 8 * memory.optimizer_step["weights"] == pytest.approx(total * 4)
-    assert 8 * memory.optimizer_step["gradients"] == pytest.approx(total * 4)
+    whole = total((*model.blocks, model.embedding, model.head)).all.total
+    assert 8 * memory.optimizer_step.device["weights"] == pytest.approx(whole * 4)
+    assert 8 * memory.optimizer_step.device["gradients"] == pytest.approx(whole * 4)
 
 
 @pytest.mark.parametrize(
@@ -151,11 +153,24 @@ def test_a_pipeline_keeps_and_waits_as_its_schedule_says(
 
 def test_offload_moves_bytes_to_the_host() -> None:
     model, layout, _ = sharded(3, 2)
-    moved, there, _ = sharded(3, 2, offload="optimizer")
-    here = rank_memory(model, layout, [range(4)], 0)
-    offloaded = rank_memory(moved, there, [range(4)], 0)
-    assert offloaded.host == here.forward_backward["optimizer"]
-    assert sum(here.forward_backward.values()) - sum(offloaded.forward_backward.values()) == offloaded.host
+    here = rank_memory(model, layout, [range(4)], 0).optimizer_step.device
+    for offload, gone in (("optimizer", {"optimizer"}), ("parameters", {"weights", "gradients", "optimizer"})):
+        _, there, _ = sharded(3, 2, offload=offload)
+        step = rank_memory(model, there, [range(4)], 0).optimizer_step
+        assert gone.isdisjoint(step.device)
+        # The states' home has copies of weights and gradients, too, and updates with less in hand at a time.
+        assert step.host["weights"] == here["weights"]
+        assert step.host["gradients"] == here["gradients"]
+        assert 0 < step.host["optimizer"] <= here["optimizer"]
+
+
+def test_offloaded_activations_are_the_host_s() -> None:
+    model = build_on_meta(tiny_config(hidden_size=256), recipe_of(), "cuda")
+    micro = Micro((512, 512), 700)
+    kept = trace(model, micro, "cuda")["none"].blocks[0]
+    moved = trace(model, micro, "cuda", offload_activations=True)["none"].blocks[0]
+    assert kept.host == 0
+    assert moved.kept < 0.1 * kept.kept < moved.host
 
 
 @pytest.mark.parametrize("name", HARDWARE)

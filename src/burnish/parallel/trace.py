@@ -7,20 +7,27 @@ Shape suffixes: T tokens of a pack, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal, cast
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
-from burnish.model.attention import Attention, attend_sdpa
+from burnish.model.attention import Attention, Kernel, attend_sdpa
 from burnish.model.base import CausalLM
 from burnish.model.lm_head import CPU_BLOCK_BYTES, DEVICE_BLOCK_BYTES, MIN_BLOCK, score
+from burnish.model.moe import Dispatch, Experts, MoE, compute_one_by_one, count, rows_by_expert, weighted_sums
 from burnish.observe.memory import Live
+from burnish.parallel.degrees import Degrees
+from burnish.parallel.offload import SMALLEST
 from burnish.parallel.recompute import recompute_blocks
 from burnish.parallel.tp import READS_ALL
 from burnish.types import Documents
@@ -38,6 +45,8 @@ class Pass:
     """At most in its forward."""
     backward: int
     """At most in its backward, with what was kept and with gradients that are made there, and not held before."""
+    host: int = 0
+    """Beside `kept`, in the host's memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +119,73 @@ def _attend_varlen(
 
 
 def planned_attention(
-    asked: Literal["auto", "sdpa", "varlen"], device: Literal["cpu", "cuda"], compute: torch.dtype
+    asked: Literal["auto", "sdpa", "varlen"],
+    device: Literal["cpu", "cuda"],
+    compute: torch.dtype,
+    cp: int = 1,
+    kind: Literal["ring", "all_to_all"] = "ring",
 ) -> Attention:
-    """The kernel that training would choose on `device`, to be run on meta."""
+    """The kernel that training would choose on `device`, over `cp` ranks, to be run on meta."""
     half = compute in (torch.bfloat16, torch.float16)
+    alone = Attention("sdpa", attend_sdpa)
     if device == "cuda" and half and asked != "sdpa":
-        return Attention("varlen", _attend_varlen)
-    return Attention("sdpa", attend_sdpa)
+        alone = Attention("varlen", _attend_varlen)
+    if cp == 1:
+        return alone
+    return Attention(kind, _attend_ring if kind == "ring" else partial(_attend_all_to_all, cp, alone.kernel))
+
+
+def _attend_ring(
+    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, documents: Documents, scale: float, *_: Any, **__: Any
+) -> Tensor:
+    """Keeps and holds what `ring.RingAttention` does."""
+    size = v_TGE.shape[2]
+    kv_2TGE = torch.stack((k_TGE, functional.pad(v_TGE, (0, k_TGE.shape[2] - size))))
+    return cast(Tensor, _Ring.apply(q_THE, kv_2TGE))[..., :size]
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_THE: Tensor, kv_2TGE: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        wide = torch.promote_types(q_THE.dtype, torch.float32)
+        output_THE = torch.empty_like(q_THE, dtype=wide)
+        arriving, part = torch.empty_like(kv_2TGE), torch.empty_like(q_THE, dtype=wide)
+        del arriving, part
+        narrow_THE = output_THE.to(q_THE.dtype)
+        ctx.save_for_backward(q_THE, kv_2TGE, narrow_THE, output_THE.new_empty(q_THE.shape[:2]))
+        return narrow_THE
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q_THE, kv_2TGE, *_ = ctx.saved_tensors
+        wide = torch.promote_types(q_THE.dtype, torch.float32)
+        dq_THE, dkv_2TGE = torch.empty_like(q_THE, dtype=wide), torch.empty_like(kv_2TGE, dtype=wide)
+        # Keys on their way here, their gradients on both ways, and what one pair adds.
+        moving = [torch.empty_like(kv_2TGE), *(torch.empty_like(dkv_2TGE) for _ in range(3))]
+        del moving
+        return dq_THE.to(q_THE.dtype), dkv_2TGE.to(kv_2TGE.dtype)
+
+
+def _attend_all_to_all(
+    cp: int,
+    inner: Kernel,
+    q_THE: Tensor,
+    k_TGE: Tensor,
+    v_TGE: Tensor,
+    documents: Documents,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """`cp.AllToAllAttention`, of whose exchanges nothing is sent."""
+    times = math.lcm(k_TGE.shape[1], cp) // k_TGE.shape[1]
+    k_TGE, v_TGE = (x.repeat_interleave(times, dim=1) if times > 1 else x for x in (k_TGE, v_TGE))
+    swapped = (x.unflatten(1, (cp, -1)).transpose(0, 1).flatten(0, 1) for x in (q_THE, k_TGE, v_TGE))
+    lengths = (len(q_THE) * cp,)
+    pack = Documents(_integers(2), lengths)
+    q_THE, k_TGE, v_TGE = (_exchanged(x) for x in swapped)
+    output_THE = inner(q_THE, k_TGE, v_TGE, pack, scale, window, softcap)
+    return _exchanged(output_THE).unflatten(0, (cp, -1)).transpose(0, 1).flatten(1, 2)
 
 
 CUT = {
@@ -126,24 +195,36 @@ CUT = {
 """Modules that tensor-parallel ranks share, by the dimension along which `tp.py` cuts their weights."""
 
 
-def cut(model: CausalLM, tp: int, sequence_parallel: bool, ep: int = 1, etp: int = 1) -> None:
-    """Make of `model`, which is on meta, the part of one rank of tp tensor-parallel and ep x etp expert-parallel ones.
+def cut(model: CausalLM, degrees: Degrees, sequence_parallel: bool) -> None:
+    """Make of `model`, which is on meta, the part of one rank of `degrees`, but for pipeline and data parallelism.
 
     Every expert-parallel rank is taken to get as many tokens as it sends.
     """
+    tp = degrees.tp
     for name, module in model.named_modules() if tp > 1 else ():
-        dim = next((dim for dim in CUT if any(fnmatchcase(name, pattern) for pattern in CUT[dim])), None)
-        for parameter in module.parameters(recurse=False):
+        dim, own = _cut_dimension(name), list(module.parameters(recurse=False))
+        for parameter in own:
             if dim is not None and (parameter.ndim == 2 or dim == 0):
                 parameter.data = _narrowed(parameter.data, dim, tp)
         if sequence_parallel and isinstance(module, READS_ALL):
             module.register_forward_pre_hook(lambda _, args: (_Resized.apply(args[0], len(args[0]) * tp), *args[1:]))
-        if sequence_parallel and (dim == 1 or name.endswith("embed_tokens")):
+        if sequence_parallel and own and (dim == 1 or name.endswith("embed_tokens")):
             module.register_forward_hook(lambda _, __, output: _Resized.apply(output, len(output) // tp))
     for name, parameter in model.named_parameters():
         if ".experts." in name and parameter.ndim > 2:
             inner = 2 if parameter.ndim == 4 or name.endswith("down_proj") else 1
-            parameter.data = _narrowed(_narrowed(parameter.data, 0, ep), inner, etp)
+            parameter.data = _narrowed(_narrowed(parameter.data, 0, degrees.ep), inner, degrees.etp)
+    for layer in (module for module in model.modules() if isinstance(module, MoE)):
+        if degrees.world > 1:
+            layer.dispatch = cast(Dispatch, partial(_dispatch, degrees, sequence_parallel))
+
+
+def _cut_dimension(name: str) -> int | None:
+    """Along which `tp.py` and `lora.py` cut the parameters of a module; None where every rank has them whole."""
+    layer, _, adapter = name.removesuffix(".base_layer").partition(".lora_")
+    dim = next((dim for dim in CUT if any(fnmatchcase(layer, pattern) for pattern in CUT[dim])), None)
+    whole = {0: "A", 1: ("B", "magnitude")}.get(dim) if dim is not None else None
+    return None if adapter and whole and adapter.startswith(whole) else dim
 
 
 def _narrowed(tensor: Tensor, dim: int, pieces: int) -> Tensor:
@@ -152,8 +233,41 @@ def _narrowed(tensor: Tensor, dim: int, pieces: int) -> Tensor:
     return tensor.new_empty(shape)
 
 
+def _dispatch(
+    degrees: Degrees,
+    sequence_parallel: bool,
+    hidden_TD: Tensor,
+    indices_TK: Tensor,
+    weights_TK: Tensor,
+    experts: Experts,
+) -> Tensor:
+    """`ep.ExpertRanks.dispatch`, of whose exchanges nothing is sent."""
+    length = inside = len(hidden_TD)
+    if degrees.etp > 1 and sequence_parallel:
+        inside = length * degrees.tp
+    elif degrees.etp == 1 and not sequence_parallel:
+        inside = -(-length // degrees.tp)
+    if inside != length:
+        hidden_TD, indices_TK, weights_TK = (
+            cast(Tensor, _Resized.apply(x, inside)) for x in (hidden_TD, indices_TK, weights_TK)
+        )
+    rows_RD, order_R = rows_by_expert(hidden_TD, indices_TK)
+    counts = count(indices_TK.flatten(), len(experts.down_proj))
+    outputs_RD = experts(_exchanged(_exchanged(rows_RD)), counts)
+    back_RD = _exchanged(_exchanged(outputs_RD))
+    outputs_TD = weighted_sums(back_RD, order_R, weights_TK, hidden_TD.dtype)
+    return outputs_TD if inside == length else cast(Tensor, _Resized.apply(outputs_TD, length))
+
+
+def _compute_evenly(rows_RD: Tensor, counts_E: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
+    """`compute_one_by_one`, which would look at numbers of rows; here every expert has as many."""
+    share, rest = divmod(len(rows_RD), len(down_EDF))
+    even_E = torch.tensor([share + (expert < rest) for expert in range(len(down_EDF))])
+    return compute_one_by_one(rows_RD, even_E, gate_up_E2FD, down_EDF)
+
+
 class _Resized(torch.autograd.Function):
-    """As many rows as after a gather or a scatter; in backward as many as before."""
+    """As many rows as after a gather, a scatter or an exchange; in backward as many as before."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, length: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -163,6 +277,11 @@ class _Resized(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return grad.new_empty(ctx.length, *grad.shape[1:]), None
+
+
+def _exchanged(x: Tensor) -> Tensor:
+    """As many rows of others."""
+    return cast(Tensor, _Resized.apply(x, len(x)))
 
 
 @dataclass(frozen=True)
@@ -186,7 +305,11 @@ class Micro:
 
 
 def trace(
-    model: CausalLM, micro: Micro, device: Literal["cpu", "cuda"], modes: Iterable[str] = ("none",)
+    model: CausalLM,
+    micro: Micro,
+    device: Literal["cpu", "cuda"],
+    modes: Iterable[str] = ("none",),
+    offload_activations: bool = False,
 ) -> dict[str, Footprint]:
     """The footprint of `model` in each mode of recomputation.
 
@@ -194,22 +317,28 @@ def trace(
     counted, and gradients as if the parameters were leaves: in their type.
     """
     blocks, footprints = model.blocks(), {}
+    for experts in (module for module in model.modules() if isinstance(module, Experts)):
+        if experts.compute is compute_one_by_one:
+            experts.compute = _compute_evenly
+    host = _Host()
     with _fused(device):
         calls, embedding, shells = _trace_shell(model, micro, device)
         reached = _reached_by_gradients(embedding, blocks)
         for mode in modes:
             recompute_blocks(blocks, mode)
+            for block in blocks if offload_activations else ():
+                block.forward = partial(host.forward, block, block.forward)
             kinds: dict[Any, tuple[Pass, Pass]] = {}
             passes = []
             for block, (args, kwargs), needs in zip(blocks, calls, reached, strict=True):
                 kind = (needs, *((name, p.shape, p.requires_grad) for name, p in block.named_parameters()))
                 if kind not in kinds:
-                    kinds[kind] = _trace_block(block, args, kwargs, needs)
+                    kinds[kind] = _trace_block(block, args, kwargs, needs, host)
                 passes.append(kinds[kind])
             first, later = zip(*passes, strict=True)
             footprints[mode] = Footprint(first, later, *shells)
-            for block in blocks if mode != "none" else ():
-                del block.forward
+            for block in blocks:
+                block.__dict__.pop("forward", None)
             for parameter in model.parameters():
                 parameter.grad = None
     return footprints
@@ -241,7 +370,49 @@ class _Taken(torch.autograd.Function):
         return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _trace_block(block: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], needs: bool) -> tuple[Pass, Pass]:
+class _Host:
+    """The host's memory, to which blocks move what they keep as `offload.py` does it."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def forward(self, block: nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:
+        weights = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
+        moved: dict[tuple[Any, ...], tuple[Tensor, _Away]] = {}  # with the tensors, which stay until the block ends
+
+        def pack(tensor: Tensor) -> Tensor | _Away:
+            memory = tensor.untyped_storage()._cdata
+            if tensor.nbytes < SMALLEST or memory in weights:
+                return tensor
+            place = (memory, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor._version)
+            if place not in moved:
+                moved[place] = tensor, _Away(self, tensor)
+            return moved[place][1]
+
+        with saved_tensors_hooks(pack, lambda packed: packed.back() if isinstance(packed, _Away) else packed):
+            output = forward(*inputs)
+        moved.clear()
+        return output
+
+    def free(self, size: int) -> None:
+        self.bytes -= size
+
+
+class _Away:
+    """A tensor that is on the host."""
+
+    def __init__(self, host: _Host, tensor: Tensor) -> None:
+        self._shape, self._dtype = tensor.shape, tensor.dtype
+        host.bytes += tensor.nbytes
+        finalize(self, host.free, tensor.nbytes)
+
+    def back(self) -> Tensor:
+        return torch.empty(self._shape, dtype=self._dtype, device="meta")
+
+
+def _trace_block(
+    block: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], needs: bool, host: _Host
+) -> tuple[Pass, Pass]:
     """The passes of a block in the first micro-batch and in another; `needs` a gradient of its input."""
     like, *others = args
     anchor = torch.empty((), dtype=like.dtype, device="meta", requires_grad=needs)
@@ -251,13 +422,13 @@ def _trace_block(block: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], 
             held = live.bytes
             live.begin_peak()
             output = block(_Given.apply(anchor, like), *others, **kwargs)
-            kept, forward = live.bytes - held - output.nbytes, live.peak - held
+            kept, forward, moved = live.bytes - held - output.nbytes, live.peak - held, host.bytes
             end = cast(Tensor, _Taken.apply(output))
             del output
             live.begin_peak()
             if end.requires_grad:
                 end.backward()
-            passes.append(Pass(kept, forward, live.peak - held))
+            passes.append(Pass(kept, forward, live.peak - held, moved))
             del end
     return passes[0], passes[1]
 
