@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from test_step_invariance import make_samples
-from tiny import native_model, tiny_config
+from tiny import EXPERTS, native_model, tiny_config
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -27,6 +27,7 @@ from burnish.parallel.degrees import Degrees
 from burnish.parallel.execution import Execution
 from burnish.parallel.mesh import Mesh
 from burnish.parallel.recompute import Blocks
+from burnish.parallel.weights import local_part as part_of
 from burnish.train.loss import CrossEntropy
 from burnish.train.optim import weight_decays
 from burnish.train.states import local_part
@@ -50,6 +51,7 @@ class Case:
     normalization: Literal["token", "sample"] = "token"
     budget: int = 64
     num_samples: int = 14
+    seed: int = 0
     optimizer: Literal["adamw", "sgd"] = "sgd"
     freeze: tuple[str, ...] = ()
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -77,7 +79,7 @@ class Case:
 
     @property
     def samples(self) -> list[Sample]:
-        samples = make_samples(self.num_samples)
+        samples = make_samples(self.num_samples, self.seed)
         match self.rows:
             case "one long":  # as long as all others together
                 others = samples[1:]
@@ -105,8 +107,8 @@ class Outcome:
     metrics: dict[str, float]
 
 
-def take_step(case: Case) -> Outcome | None:
-    """One step of `case` on this rank; the outcome on rank 0."""
+def build_trainer(case: Case) -> tuple[LocalTrainer, Degrees]:
+    """The trainer of this rank, and how ranks are laid out."""
     cpu, degrees = torch.device("cpu"), Degrees()
     if not case.parallel:
         model = native_model(case.model_config, DTYPES[case.master])
@@ -128,6 +130,12 @@ def take_step(case: Case) -> Outcome | None:
     trainer = LocalTrainer(
         execution, CrossEntropy(**case.loss), optim, total_steps=4, updates_on_host=on_host, **case.trainer
     )
+    return trainer, degrees
+
+
+def take_step(case: Case) -> Outcome | None:
+    """One step of `case` on this rank; the outcome on rank 0."""
+    trainer, degrees = build_trainer(case)
     inputs = pack(case.samples, Layout(case.budget, degrees.data_ranks), case.normalization)
     data_rank = 0 if not case.parallel else degrees.data_rank(dist.get_rank())
     mine = replace(inputs, batches=[inputs.batches[data_rank]])
@@ -205,6 +213,8 @@ SPARING: list[tuple[str, Literal["none", "selective", "full"], dict[str, Any], d
     ("offload-optimizer", "none", {}, {"offload": "optimizer"}),
     ("offload-parameters", "none", {}, {"offload": "parameters"}),
 ]
+NO_TIES: dict[str, Any] = {"num_samples": 3, "seed": 8, "num_steps": 1}
+"""With these no trained token is so near a tie of experts that rounding to bf16 decides where it goes."""
 WINDOWS: dict[str, Any] = {
     "family": "qwen2",
     "use_sliding_window": True,
@@ -261,7 +271,6 @@ EVERYDAY = [
         {"family": "glm4_moe_lite"},
         trainer={"routing": Routing(0.1, 0.01, 1e-3)},
     ),
-    Case("moe-tp2", {"tp": 2}, 2, MOE),
     Case("moe-tp2-shard2", {"tp": 2, "dp_shard": 2}, 4, MOE),
     Case("lora-pp2", {"pp": 2}, 2, PP, lora={}),
     Case("lora-ring2", {"cp": 2}, 2, lora={}),
@@ -269,7 +278,12 @@ EVERYDAY = [
     Case("lora-shard2", {"dp_shard": 2}, 2, lora={}),
     Case("lora-tp2-shard2", {"tp": 2, "dp_shard": 2}, 4, lora={"rslora": True}),
     Case("dora-tp2", {"tp": 2}, 2, lora={"kind": "dora"}),
+    Case("dora-tp2-frozen-lengths", {"tp": 2}, 2, lora={"kind": "dora"}, freeze=("*.lora_magnitude_vector.*",)),
     Case("shard2-full-recompute", {"dp_shard": 2}, 2, recompute="full"),
+    Case("ep2-selective", {"ep": 2}, 2, MOE, recompute="selective"),
+    Case("lora-a2a2-frozen", {"cp": 2, "cp_kind": "all_to_all"}, 2, lora={}, freeze=("model.layers.0.*",)),
+    Case("lora-etp2-tp2", {"tp": 2, "etp": 2}, 2, MOE, lora={}),
+    Case("pp2-shard2-one-rank-trains", {"pp": 2, "dp_shard": 2}, 4, PP, num_samples=1),
     Case("ring2-tp2-shard2-recompute", {"cp": 2, "tp": 2, "dp_shard": 2}, 8, recompute="full"),
     Case("tp2-shard2-fp64-adamw", {"tp": 2, "dp_shard": 2}, 4, optimizer="adamw", compute="fp64", master="fp64"),
     Case("ring2-tp2-bf16", {"cp": 2, "tp": 2}, 4, compute="bf16"),
@@ -328,6 +342,11 @@ WIDE: list[Case] = [
             ("ring2", {"cp": 2}, {}),
             ("pp2", {"pp": 2}, {}),
             ("pp2-zbv", {"pp": 2, "pp_schedule": "zbv_zero_bubble"}, PP),
+            ("replicate2", {"dp_replicate": 2}, {}),
+            ("shard2-zero1", {"dp_shard": 2, "zero": 1}, {}),
+            ("a2a2", {"cp": 2, "cp_kind": "all_to_all"}, {}),
+            ("ep2", {"ep": 2}, MOE),
+            ("etp2-tp2", {"tp": 2, "etp": 2}, MOE),
         )
     ),
     Case("ep2-frozen-experts", {"ep": 2}, 2, MOE, freeze=("*.experts.*",), trainer=ROUTED),
@@ -357,6 +376,31 @@ WIDE: list[Case] = [
             ("a2a2", {"cp": 2, "cp_kind": "all_to_all"}, {}, {}),
             ("pp2", {"pp": 2}, {}, {}),
             ("ep2", {"ep": 2}, MOE, ROUTED),
+        )
+    ),
+    *(
+        # The one data rank has nothing, or a micro-batch less.
+        Case(f"{name}-{what}", parallel, 4, config, num_samples=num_samples, budget=60, trainer=trainer)
+        for what, num_samples in (("one-rank-trains", 1), ("uneven", 3))
+        for name, parallel, config, trainer in (
+            ("tp2-shard2", {"tp": 2, "dp_shard": 2}, {}, {"neftune_alpha": 5.0}),
+            ("tp2-replicate2", {"tp": 2, "dp_replicate": 2}, {}, {}),
+            ("ring2-shard2", {"cp": 2, "dp_shard": 2}, {}, {"neftune_alpha": 5.0}),
+            ("a2a2-shard2-zero1", {"cp": 2, "cp_kind": "all_to_all", "dp_shard": 2, "zero": 1}, {}, {}),
+            ("pp2-replicate2", {"pp": 2, "dp_replicate": 2}, PP, {"neftune_alpha": 5.0}),
+            ("pp2-zbv-shard2", {"pp": 2, "pp_schedule": "zbv_zero_bubble", "dp_shard": 2}, PP, {}),
+            ("ep2-tp2-shard2", {"ep": 2, "tp": 2, "dp_shard": 2}, MOE, ROUTED),
+            ("etp2-tp2-shard2", {"etp": 2, "tp": 2, "dp_shard": 2}, MOE, ROUTED),
+        )
+    ),
+    *(
+        Case(f"{name}-neftune", parallel, 2, config, trainer={"neftune_alpha": 5.0})
+        for name, parallel, config in (
+            ("tp2-no-sp", {"tp": 2, "sequence_parallel": False}, {}),
+            ("a2a2", {"cp": 2, "cp_kind": "all_to_all"}, {}),
+            ("pp2-interleaved", {"pp": 2, "pp_schedule": "interleaved_1f1b"}, PP),
+            ("pp2-zbv", {"pp": 2, "pp_schedule": "zbv_zero_bubble"}, PP),
+            ("ep2-tp2", {"ep": 2, "tp": 2}, MOE),
         )
     ),
     *(
@@ -405,8 +449,21 @@ WIDE: list[Case] = [
             ("shard2-steps", {"dp_shard": 2}, {}),
             ("tp2-no-sp", {"tp": 2, "sequence_parallel": False}, {}),
             ("ring2", {"cp": 2}, {}),
+            ("a2a2", {"cp": 2, "cp_kind": "all_to_all"}, {}),
             ("pp2", {"pp": 2}, {}),
             ("ep2", {"ep": 2}, MOE),
+            ("ep2-tp2", {"ep": 2, "tp": 2}, MOE),
+            ("etp2-tp2", {"etp": 2, "tp": 2}, {"family": "glm4_moe_lite"}),
+        )
+    ),
+    *(
+        Case(f"{kind}-{name}-frozen", parallel, 2, config, lora={"kind": kind}, freeze=freeze)
+        for kind, freeze in (("lora", ("*.lora_A.*",)), ("dora", ("model.layers.0.*",)))
+        for name, parallel, config in (
+            ("shard2", {"dp_shard": 2}, {}),
+            ("tp2", {"tp": 2}, {}),
+            ("ring2", {"cp": 2}, {}),
+            ("pp2", {"pp": 2}, {}),
         )
     ),
     # bf16 of each family.
@@ -417,6 +474,17 @@ WIDE: list[Case] = [
             ("tp2", {"tp": 2}),
             ("ring2", {"cp": 2}),
             ("pp2", {"pp": 2}),
+        )
+    ),
+    *(
+        Case(f"{name}-{family}-bf16", parallel, 2, {"family": family}, compute="bf16", **NO_TIES)
+        for family in EXPERTS
+        for name, parallel in (
+            ("tp2", {"tp": 2}),
+            ("ring2", {"cp": 2}),
+            ("pp2", {"pp": 2}),
+            ("ep2", {"ep": 2}),
+            ("etp2-tp2", {"etp": 2, "tp": 2}),
         )
     ),
     # AdamW over three steps.
@@ -459,6 +527,20 @@ WIDE: list[Case] = [
     Case("shard1-offload-optimizer-zero1", {"offload": "optimizer", "zero": 1}, 1),
     Case("shard2-offload-parameters-zero1", {"dp_shard": 2, "offload": "parameters", "zero": 1}, 2),
     Case("lora-shard2-offload-parameters", {"dp_shard": 2, "offload": "parameters"}, 2, lora={}),
+    Case("ep2-pp2-shard2-selective", {"ep": 2, "pp": 2, "dp_shard": 2}, 4, MOE | PP, recompute="selective"),
+    Case("ep2-shard4-selective-zero2", {"ep": 2, "dp_shard": 4, "zero": 2}, 4, MOE, recompute="selective"),
+    # Compiled blocks.
+    *(
+        Case(f"{name}-compiled", parallel, 2, config, recompute=recompute, blocks={"is_compiled": True})
+        for name, parallel, config, recompute in (
+            ("shard2", {"dp_shard": 2}, {}, "none"),
+            ("shard2-selective", {"dp_shard": 2}, {}, "selective"),
+            ("tp2", {"tp": 2}, {}, "none"),
+            ("ring2", {"cp": 2}, {}, "none"),
+            ("pp2", {"pp": 2}, PP, "none"),
+            ("ep2-selective", {"ep": 2}, MOE, "selective"),
+        )
+    ),
 ]
 """Cases that the everyday run leaves out."""
 CASES = [*EVERYDAY, *WIDE]
@@ -472,7 +554,8 @@ def outcomes(case: Case) -> tuple[Outcome, Outcome]:
         outcome = take_step(case.alone)
         assert outcome is not None
         _alone[key] = outcome
-    return _alone[key], joined(run_ranks(case.world, take_step, case))
+    timeout = 500 if "is_compiled" in case.blocks else 120
+    return _alone[key], joined(run_ranks(case.world, take_step, case, timeout=timeout))
 
 
 def differences(case: Case, both: tuple[Outcome, Outcome] | None = None) -> dict[str, float]:
@@ -511,27 +594,32 @@ def test_layout(case: Case) -> None:
 
 @dataclass
 class Poisoned:
-    """Cross-entropy that is not a number on one rank in one step."""
+    """Cross-entropy that is not finite on one rank in one step."""
 
     rank: int
     step: int
+    factor: float
     num_calls: int = 0
 
     def __call__(self, scores: TokenScores, batch: Batch) -> tuple[Tensor, Stats]:
         loss_sum, stats = CrossEntropy()(scores, batch)
         is_bad = self.step == 2 and self.num_calls == 0 and dist.get_rank() == self.rank
-        self.num_calls += 1
-        return (loss_sum * torch.nan if is_bad else loss_sum), stats
+        self.num_calls += len(batch.trained_K) > 0  # nothing is to be spoilt where nothing is trained
+        return (loss_sum * self.factor if is_bad else loss_sum), stats
 
 
-def take_a_bad_step(case: Case, rank: int) -> list[float]:
-    """Three steps, the second of which is not finite on `rank` alone; what each says of itself."""
+Told = tuple[list[float], dict[tuple[str, str], bytes]]
+
+
+def take_a_bad_step(case: Case, rank: int, factor: float) -> Told:
+    """Three steps, the second of which is not finite on `rank` alone; what each says of itself, and the weights that
+    are here at the end, by name and place in the whole."""
     parallel = ParallelConfig.model_construct(**{**ParallelConfig().model_dump(), **case.parallel})
     degrees = Degrees.of(parallel, case.world)
     execution = on_mesh(case, Parallelism(Mesh(degrees, torch.device("cpu")), parallel))
     optim = OptimConfig(lr=1e-2, schedule="constant", warmup_ratio=0.0, clip_norm=0.5)
     on_host = parallel.offload == "optimizer"
-    loss = Poisoned(rank, 0)
+    loss = Poisoned(rank, 0, factor)
     trainer = LocalTrainer(execution, loss, optim, total_steps=4, updates_on_host=on_host, **case.trainer)
     inputs = pack(case.samples, Layout(case.budget, degrees.data_ranks))
     mine = replace(inputs, batches=[inputs.batches[degrees.data_rank(dist.get_rank())]])
@@ -549,7 +637,8 @@ def take_a_bad_step(case: Case, rank: int) -> list[float]:
     assert all(torch.equal(after[name], refused[name]) for name in after), "a withheld update leaves all to the bit"
     assert any(not torch.equal(refused[name], then[name]) for name in then)
     assert all(bool(t.isfinite().all()) for t in then.values())
-    return told
+    parts = {name: part_of(parameter) for name, parameter in execution.parameters().items()}
+    return told, {(name, str(box)): local.numpy().tobytes() for name, (local, box) in parts.items()}
 
 
 @pytest.mark.parametrize(
@@ -561,11 +650,20 @@ def take_a_bad_step(case: Case, rank: int) -> list[float]:
         (Case("ring2", {"cp": 2}, 2), 0),
         (Case("shard2-offload-optimizer", {"dp_shard": 2, "offload": "optimizer"}, 2), 0),
         (Case("replicate2-tp2", {"dp_replicate": 2, "tp": 2}, 4), 3),
+        (Case("a2a2", {"cp": 2, "cp_kind": "all_to_all"}, 2), 1),
+        (Case("tp2", {"tp": 2}, 2), 1),
+        (Case("etp2-tp2", {"etp": 2, "tp": 2}, 2, MOE, trainer=ROUTED), 0),
+        (Case("lora-pp2-tp2", {"pp": 2, "tp": 2}, 4, PP, lora={}), 3),
     ],
     ids=str,
 )
 def test_no_rank_takes_a_step_that_is_not_finite_on_one(case: Case, rank: int) -> None:
-    assert run_ranks(case.world, take_a_bad_step, case, rank) == [[0.0, 1.0, 0.0]] * case.world
+    """Where one rank's loss is not a number or without bounds, all withhold the update, and go on with one model."""
+    factor = torch.inf if rank % 2 else torch.nan
+    held: dict[tuple[str, str], bytes] = {}
+    for told, weights in run_ranks(case.world, take_a_bad_step, case, rank, factor):
+        assert told == [0.0, 1.0, 0.0]
+        assert all(held.setdefault(place, values) == values for place, values in weights.items())
 
 
 @pytest.mark.parametrize(

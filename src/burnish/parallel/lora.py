@@ -41,7 +41,7 @@ def cut_adapters(model: CausalLM, axis: DeviceMesh, sequence_parallel: bool) -> 
         if layer.lora_magnitude_vector:
             magnitude = layer.lora_magnitude_vector[NAME]
             cut = distribute_tensor(magnitude.weight.detach(), axis, [lengths], src_data_rank=None)
-            magnitude.weight = nn.Parameter(cut)
+            magnitude.weight = nn.Parameter(cut, requires_grad=magnitude.weight.requires_grad)
             total = partial(_summed, axis) if placement == Shard(1) else Dora.total
             layer.lora_variant[NAME] = Dora(partial(_local, gradient), total)
 
