@@ -174,13 +174,43 @@ signal.signal(signal.SIGUSR1, stand_still)
 """
 
 
+FAIL = """
+import signal
+def fail(*_):
+    raise KeyError("missing-key")
+def fail_in_the_next_step(*_):
+    from burnish.rank import SeatedRank
+    SeatedRank.step_packs = fail
+signal.signal(signal.SIGUSR1, fail_in_the_next_step)
+"""
+
+
+def customised(shop: Workshop, text: str) -> str:
+    """The key by which ranks begin with `text`, Python code."""
+    (shop.folder / "custom").mkdir()
+    (shop.folder / "custom" / "sitecustomize.py").write_text(text)
+    path = ":".join(filter(None, [str(shop.folder / "custom"), os.environ.get("PYTHONPATH")]))
+    return f"cluster.env={{PYTHONPATH: '{path}'}}"
+
+
+@pytest.mark.slow
+def test_an_exception_in_one_rank_is_shown_with_its_place_and_ends_all(shop: Workshop, timed) -> None:
+    with Training(shop.folder, "runs/a", TWO, customised(shop, FAIL)) as run:
+        run.until_step(3)
+        os.kill(run.ranks[1], signal.SIGUSR1)
+        assert timed(run, "an exception in a rank") == 1
+        where = (
+            f"burnish: error: rank 1 on 127.0.0.1 (pid {run.ranks[1]}) failed in step_packs: KeyError: 'missing-key'"
+        )
+        assert where in run.output
+        assert 'raise KeyError("missing-key")' in run.output
+        assert run.output.count("Traceback") == 1
+        assert "Connection" not in run.output  # rank 0's, which waited for rank 1
+
+
 @pytest.mark.slow
 def test_a_worker_that_hangs_shows_where_and_so_do_its_peers_in_a_collective(shop: Workshop, timed) -> None:
-    (shop.folder / "hang").mkdir()
-    (shop.folder / "hang" / "sitecustomize.py").write_text(HANG)
-    path = ":".join(filter(None, [str(shop.folder / "hang"), os.environ.get("PYTHONPATH")]))
-    env = f"cluster.env={{PYTHONPATH: '{path}'}}"
-    with Training(shop.folder, "runs/a", TWO, "cluster.timeout=15", env) as run:
+    with Training(shop.folder, "runs/a", TWO, "cluster.timeout=15", customised(shop, HANG)) as run:
         run.until_step(7)
         os.kill(run.ranks[1], signal.SIGUSR1)
         assert timed(run, "a worker that hangs, timeout=15") == 1

@@ -247,16 +247,27 @@ def place_actors(
     """An actor for every rank, in the order of ranks, each with its host.
 
     Without a mapping Ray chooses hosts and devices: a bundle holds the devices of one host, so that its ranks lie
-    together. With one, rank i takes device mapping[i], counted over the hosts in order.
+    together. With one, rank i takes device mapping[i], counted over the hosts in order; in a cluster that others use,
+    where no run of theirs holds it.
     """
     import ray
-    from ray import exceptions
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
     on_gpu = resource == "GPU"
     environment = {name: str(value) for name, value in config.env.items()}
     by_id = {host.id: host for host in hosts}
+    actor_class: Any = ray.remote(rank_class)
+
+    def start(strategy: Any) -> Any:
+        return actor_class.options(
+            num_cpus=1,
+            num_gpus=1 if on_gpu else 0,
+            max_restarts=0,
+            scheduling_strategy=strategy,
+            runtime_env={"env_vars": environment} if environment else None,
+        ).remote()
+
     chosen: list[tuple[Any, str | None]] = []
     if config.device_mapping is None:
         num_nodes = min(config.num_nodes, len(hosts))
@@ -281,39 +292,72 @@ def place_actors(
                 f"cluster.device_mapping names device {max(config.device_mapping)}, and {len(hosts)} hosts with "
                 f"{per_host} {resource}s are devices 0 to {len(hosts) * per_host - 1}; name some of those"
             )
-        # Ray would show other devices than those that the mapping names.
+        places = [divmod(device, per_host) for device in config.device_mapping]
+        if on_gpu and config.address is not None:
+            wanted = [(hosts[host].id, local) for host, local in places]
+            held = hold_devices(
+                lambda node: start(NodeAffinitySchedulingStrategy(node, soft=False)), wanted, deadline, config.wait
+            )
+            return [(by_id[node], actor) for (node, _), actor in zip(wanted, held, strict=True)]
+        # Ray of our own would show other devices than those that the mapping names.
         environment["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
-        for device in config.device_mapping:
-            host, local = divmod(device, per_host)
+        for host, local in places:
             strategy = NodeAffinitySchedulingStrategy(hosts[host].id, soft=False)
             chosen.append((strategy, str(local) if on_gpu else None))
-    actor_class: Any = ray.remote(rank_class)
-    actors = [
-        actor_class.options(
-            num_cpus=1,
-            num_gpus=1 if on_gpu else 0,
-            max_restarts=0,
-            scheduling_strategy=strategy,
-            runtime_env={"env_vars": environment} if environment else None,
-        ).remote()
-        for strategy, _ in chosen
-    ]
+    actors = [start(strategy) for strategy, _ in chosen]
     refs = [actor.identify.remote(devices) for actor, (_, devices) in zip(actors, chosen, strict=True)]
     while len(up := ray.wait(refs, num_returns=len(refs), timeout=10)[0]) < len(refs):
         LOG.info("waiting for ranks: %d of %d are up", len(up), len(refs))
         if time.monotonic() > deadline:
             raise ClusterError(
-                f"{len(up)} of {len(refs)} ranks came up within cluster.wait={config.wait:g} s; look at Ray's logs, or "
-                "raise it"
+                f"{len(up)} of {len(refs)} ranks came up within cluster.wait={config.wait:g} s; wait for other runs, "
+                "look at Ray's logs, or raise it"
             )
-    try:
-        places = ray.get(refs)
-    except exceptions.RayError as error:
-        raise LostRanks(f"a rank's process did not come up: {error}") from None
+    places = _got(refs)
     placed = [(by_id[node], device, actor) for (node, device), actor in zip(places, actors, strict=True)]
     if config.device_mapping is None:
         placed = [placed[i] for i in rank_order([(host.order, device) for host, device, _ in placed])]
     return [(host, actor) for host, _, actor in placed]
+
+
+def hold_devices(
+    start: Callable[[str], Any], wanted: Sequence[tuple[str, int]], deadline: float, wait: float
+) -> list[Any]:
+    """Actors that hold just the devices `wanted`, of (node, device). `start` starts one on a node, with whatever device
+    Ray gives it: more are started until those are among them, and the others end."""
+    import ray
+
+    starting = {(actor := start(node)).identify.remote(None): actor for node, _ in wanted}
+    held: dict[tuple[str, int], Any] = {}
+    while missing := [device for node, device in wanted if (node, device) not in held]:
+        ready, _ = ray.wait(list(starting), timeout=5)
+        for ref in ready:
+            (place,), held_by = _got([ref]), starting.pop(ref)
+            held[place] = held_by
+            if place not in wanted:
+                actor = start(place[0])
+                starting[actor.identify.remote(None)] = actor
+        if not ready and time.monotonic() > deadline:
+            raise ClusterError(
+                f"cluster.device_mapping: devices {', '.join(map(str, missing))} of their hosts are not free after "
+                f"cluster.wait={wait:g} s; wait for other runs, or name other devices"
+            )
+        if not ready:
+            LOG.info("waiting for devices: %d of %d are free", len(wanted) - len(missing), len(wanted))
+    for actor in [*(held[place] for place in held if place not in wanted), *starting.values()]:
+        ray.kill(actor)
+    return [held[place] for place in wanted]
+
+
+def _got(refs: Sequence[Any]) -> list[Any]:
+    """What actors said of where they are."""
+    import ray
+    from ray import exceptions
+
+    try:
+        return ray.get(refs)
+    except exceptions.RayError as error:
+        raise LostRanks(f"a rank's process did not come up: {error}") from None
 
 
 def rank_order(places: Sequence[tuple[Any, int]]) -> list[int]:
