@@ -26,9 +26,10 @@ def losses(workshop: Workshop, run: str) -> list[float]:
 
 
 def assert_alike(workshop: Workshop, run: str, other: str) -> None:
-    """The same losses, rows and weights, but for the order of sums."""
+    """The same losses, rows and weights, but for the order of sums; and the same keys of metrics."""
     assert losses(workshop, run) == pytest.approx(losses(workshop, other), rel=1e-5)
     one, two = workshop.metrics(run), workshop.metrics(other)
+    assert {key for line in one for key in line} == {key for line in two for key in line}
     for name in ("total_samples", "total_tokens", "eval/loss"):
         found, expected = ([line[name] for line in lines if name in line] for lines in (one, two))
         assert found == pytest.approx(expected, rel=1e-5)
@@ -154,6 +155,39 @@ def test_a_run_that_goes_on_under_its_own_layout_is_the_same_to_the_bit(workshop
     assert losses(workshop, "runs/a") == losses(workshop, "runs/b")
 
 
+RENDERER = """
+from burnish.types import Origin
+def render(messages, tools, kwargs):
+    for i, message in enumerate(messages):
+        yield f"<|im_start|>{message['role']}\\n", Origin(i, "template")
+        yield message["content"], Origin(i, "content")
+        yield "<|im_end|>\\n", Origin(i, "template")
+"""
+
+
+def test_a_start_says_what_is_done_by_whom(workshop: Workshop) -> None:
+    (workshop.folder / "our_renderer.py").write_text(RENDERER)
+    recipe = str(workshop.recipe(**{**FULL, "checkpoint": {"every": 1, "export": "never"}}))
+    keys = ["data.renderer=our_renderer.render", "train.steps=2"]
+    workshop.burnish("sft", recipe, *keys, world=2)
+    (workshop.folder / "runs/a/summary.json").unlink()
+    again = workshop.burnish("sft", recipe, *keys, "checkpoint.step=1", world=2)
+    of_rank = ["joined the process group", "modules imported", "weights loaded: ", "checkpoint loaded: ", "ready ("]
+    said = [line.partition("pid ")[2].partition(": ")[2] for line in again.splitlines() if " pid " in line]
+    expected = [
+        "rows: train, held",
+        "plug-ins imported: our_renderer.render",
+        "ranks up: 2",
+        *of_rank,
+        "every rank ready",
+    ]
+    assert len(said) == len(expected)
+    assert all(line.startswith(part) for line, part in zip(said, expected, strict=True)), said
+    log = (workshop.folder / "runs/a/logs/rank-1.log").read_text().splitlines()
+    lines = [line.partition("rank 1 pid ")[2].partition(": ")[2] for line in log if "rank 1 pid " in line]
+    assert all(line.startswith(part) for line, part in zip(lines[-len(of_rank) :], of_rank, strict=True)), lines
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -214,6 +248,36 @@ def test_ray_starts_the_ranks(workshop: Workshop) -> None:
     assert_alike(workshop, "runs/b", "runs/a")
 
 
+TOKENIZER = """
+import burnish
+from transformers import AutoTokenizer
+if __name__ == "__main__":
+    burnish.SFT("recipe.yaml", tokenizer=AutoTokenizer.from_pretrained("tokenizer")).train()
+"""
+
+
+def run_script(workshop: Workshop, script: str) -> None:
+    (workshop.folder / "script.py").write_text(script)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "script.py"]
+    done = subprocess.run(command, cwd=workshop.folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_is_passed_in_answers_on_ranks(workshop: Workshop) -> None:
+    """Neither the recipe nor the model's folder has one."""
+    recipe = workshop.recipe(**sections_of("dense"))
+    workshop.burnish("sft", str(recipe), "run.dir=runs/b")
+    sections = {**sections_of("dense"), "model": {"tokenizer": None}, "cluster": {"devices_per_node": 2}}
+    workshop.recipe(**sections)
+    run_script(workshop, TOKENIZER)
+    assert_alike(workshop, "runs/a", "runs/b")
+    answers = [(workshop.folder / run / "generations.jsonl").read_text() for run in ("runs/a", "runs/b")]
+    assert answers[0] == answers[1]
+    assert answers[0].count("\n") == 3
+
+
 PYTHON = """
 import burnish
 if __name__ == "__main__":
@@ -227,11 +291,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_the_model_can_be_used_from_python_once_ranks_have_trained_it(workshop: Workshop) -> None:
     workshop.recipe(**sections_of("dense"), cluster={"devices_per_node": 2})
-    (workshop.folder / "script.py").write_text(PYTHON)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    script = [sys.executable, "script.py"]
-    done = subprocess.run(script, cwd=workshop.folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_script(workshop, PYTHON)
     exported = load_file(workshop.folder / "exported/model.safetensors")
     trained = weights(workshop.folder / "runs/a")
     assert exported.keys() == trained.keys()
