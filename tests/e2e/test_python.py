@@ -72,6 +72,20 @@ def test_a_recipe_file_needs_nothing_else(recipe: dict[str, Any], workshop: Work
     assert result.export.is_dir()
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"cluster": {"devices_per_node": 2}}, "the recipe's cluster and parallel have several ranks"),
+        ({"parallel": {"offload": "parameters"}}, "parallel.offload=parameters reads weights piece by piece"),
+    ],
+)
+def test_a_model_in_this_process_is_refused_where_ranks_read_their_own_parts(
+    recipe: dict[str, Any], keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=f"a model that is passed in lies in this process, and {message}"):
+        burnish.SFT({**recipe, **keys}, model=make_model(), dataset=make_rows(8))
+
+
 def test_what_is_no_data_set_is_refused(recipe: dict[str, Any]) -> None:
     with pytest.raises(burnish.types.UserError, match="must be a list of rows"):
         burnish.SFT(recipe, model=make_model(), dataset=7, tokenizer=AutoTokenizer.from_pretrained("tokenizer")).train()

@@ -16,9 +16,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from burnish.config import LoraConfig
 from burnish.model import hf_io, zoo
 from burnish.model.attention import attend_sdpa
 from burnish.model.base import CausalLM
+from burnish.model.lora import inject
 from burnish.parallel.degrees import Degrees
 from burnish.parallel.mesh import Mesh
 from burnish.parallel.weights import box_of, export, gather, gather_full, local_part, publish, read_weights
@@ -146,6 +148,12 @@ def check_stages(folder: str) -> None:
         assert [name for name, _ in order] == list(full)
         assert all(tensor.dtype == torch.bfloat16 and tensor.shape == full[name] for name, tensor in order)
     export(model, Path(folder, "exported"), torch.float32, order=list(full))
+    published = publish(model, list, order=list(full))
+    if dist.get_rank() == 0:
+        assert published is not None
+        assert [name for name, _ in published] == list(full)
+        stored = load_folder(Path(folder, "exported"))
+        assert all(torch.equal(tensor, stored[name]) for name, tensor in published)
 
 
 def test_stages_read_their_names_and_write_all_of_them(tmp_path: Path):
@@ -204,6 +212,25 @@ def test_each_rank_compares_its_part_of_a_weight_stored_twice(tmp_path: Path):
     stored["lm_head.weight"] = stored["model.embed_tokens.weight"] + 1
     save_file(stored, tmp_path / "model.safetensors")
     assert len(set(run_ranks(2, read_tied, str(tmp_path)))) == 1
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "glm4_moe_lite", "lora"])
+def test_what_is_published_is_what_an_export_holds(kind: str, tmp_path: Path):
+    """Experts apart and corrections exact, adapters added in."""
+    model = native_model(tiny_config("qwen3" if kind == "lora" else kind), torch.float32)
+    if kind == "lora":
+        inject(model, LoraConfig(rank=4), torch.float32)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter.data, generator=torch.Generator().manual_seed(0))
+    export(model, tmp_path, torch.bfloat16)
+    published = publish(model, dict, torch.bfloat16)
+    stored = load_folder(tmp_path)
+    assert published is not None
+    assert published.keys() == stored.keys()
+    for name, tensor in published.items():
+        assert tensor.dtype == stored[name].dtype, name
+        assert torch.equal(tensor, stored[name]), name
 
 
 def test_one_process_gathers_without_a_process_group():
