@@ -77,6 +77,24 @@ def test_what_lies_on_the_host_changes_no_number(override: str) -> None:
     assert found["final_eval_loss"] == pytest.approx(plain["final_eval_loss"], rel=1e-3)
 
 
+@pytest.mark.parametrize("implementation", ["native", "transformers"])
+def test_a_rank_with_its_weights_on_the_host_answers_as_one_process(implementation: str, folder: Path) -> None:
+    """Corrections of routers, which our own experts have, are on the device, whatever is on the host."""
+    if implementation == "native":
+        config = tiny_config("glm4_moe_lite", hidden_size=64)
+        del config["head_dim"]  # transformers takes it for that of the rotated part
+        (folder / "config.json").write_text(json.dumps(config))
+    common = (
+        "precision.compute=fp32", "train.compile=false", "train.steps=1", "evaluate.prompts=[3 and 4]",
+        "evaluate.max_new_tokens=4", f"model.implementation={implementation}",
+    )  # fmt: skip
+    train("run.dir=runs/plain", *common)
+    train("run.dir=runs/rank", *common, "parallel.offload=parameters")
+    first, second = (Path("runs", run, "generations.jsonl").read_text().splitlines() for run in ("plain", "rank"))
+    assert first[0] == second[0]
+    assert len(first) == len(second) == 2
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe_lite"])
 @pytest.mark.parametrize("override", ["train.compile=false", "train.recompute=full", "parallel.offload=parameters"])
 def test_experts_learn_with(family: str, override: str, folder: Path) -> None:
