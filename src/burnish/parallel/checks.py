@@ -9,6 +9,7 @@ from typing import Literal
 
 from burnish.config import ParallelConfig, Recipe, RecipeError
 from burnish.model.base import CausalLM
+from burnish.model.moe import MoE
 from burnish.parallel.apply import layer_costs
 from burnish.parallel.cp import check_context_parallel
 from burnish.parallel.degrees import Degrees
@@ -46,7 +47,9 @@ def check_layout(
         return
     check_tensor_parallel(model.config, degrees.tp)
     check_context_parallel(model.config, degrees.cp, parallel.cp_kind, degrees.tp)
-    check_expert_parallel(model.config, degrees)
+    # A config may count experts that no layer has, where all layers are dense ones.
+    is_sparse = any(isinstance(module, MoE) for module in model.modules())
+    check_expert_parallel(model.config if is_sparse else {}, degrees)
     check_split(parallel, recipe.train.recompute, is_compiled(recipe, device))
     if degrees.pp > 1:
         cut_model(parallel, *layer_costs(model))

@@ -288,9 +288,7 @@ def retain(root: str | Path, keep: int | None, protect: Set[int] = frozenset()) 
     for step in up_to_latest[:-keep]:
         if step not in protect:
             folder = checkpoint_folder(root, step)
-            hidden = _hidden(folder, "deleting")
-            os.rename(folder, hidden)
-            _delete(hidden)
+            _put_away(folder, folder)
 
 
 def recover(root: str | Path) -> tuple[str, ...]:
@@ -302,8 +300,10 @@ def recover(root: str | Path) -> tuple[str, ...]:
             os.rename(leftover, folder)
             notices.append(f"{folder}: its replacement was cut off; the checkpoint that was there is kept")
             continue
-        _delete(leftover)
-        if stage == ".writing":
+        if stage != ".writing":
+            _put_away(leftover, folder)
+        else:
+            _delete(leftover)
             notices.append(f"{folder}: cut off while it was written, and removed; no checkpoint before it is touched")
     return tuple(notices)
 
@@ -369,7 +369,7 @@ def _complete(
     os.rename(hidden, folder)
     sync(root)
     write_whole(root / TRACKER, str(step))
-    _delete(_hidden(folder, "replaced"))
+    _put_away(_hidden(folder, "replaced"), folder)
     retain(root, keep, protect)
 
 
@@ -561,6 +561,8 @@ def _read_tensors(folder: Path, metadata: Metadata, into: dict[str, Tensor]) -> 
     reader.set_up_storage_reader(metadata, is_coordinator=False)
     try:
         reader.read_data(planner.create_local_plan(), planner).wait()
+    except FileNotFoundError as error:
+        raise _damaged(folder, f"{error.filename} is gone: a run that saves there may have deleted it") from None
     except pickle.UnpicklingError as error:
         raise _damaged(folder, f"it holds something other than tensors: {error}") from error
 
@@ -614,6 +616,18 @@ def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
 def _hidden(folder: Path, stage: str) -> Path:
     """Where a checkpoint lies while it is writing, replaced or deleting; `recover` knows what each needs."""
     return folder.with_name(f".{folder.name}.{stage}")
+
+
+def _put_away(path: Path, folder: Path) -> None:
+    """Delete `path`, which was the checkpoint `folder` once. A shared disk may refuse while somebody reads it: then the
+    next save tries again."""
+    hidden = _hidden(folder, "deleting")  # of which nothing is put back
+    try:
+        if path.exists():
+            os.rename(path, hidden)
+        _delete(hidden)
+    except OSError as error:
+        logger.warning("%s cannot be deleted now, and is left for the next save: %s", path, error.strerror or error)
 
 
 def _delete(folder: Path) -> None:

@@ -48,6 +48,14 @@ def test_a_layout_that_a_model_cannot_have_is_refused(world: int, keys: dict[str
         check(world, **keys)
 
 
+def test_a_model_without_a_layer_of_experts_has_none_to_cut_whatever_its_config_counts() -> None:
+    recipe = recipe_from_dict({"model": {"path": "m"}, "data": {"train": ["rows.jsonl"]}, "parallel": {"ep": 2}})
+    config = tiny_config("glm4_moe_lite", first_k_dense_replace=3)
+    model = build(config, attend_sdpa, dtype=torch.float32, device="meta")
+    with pytest.raises(RecipeError, match=r"parallel.ep=2 and etp=1 cut experts, and this model has none"):
+        check_layout(model, recipe, Degrees.of(recipe.parallel, 2), "cpu", "native", "as said")
+
+
 def test_layouts_that_can_be_pass() -> None:
     check(4, tp=2, pp=2)
     check(2, implementation="transformers", dp_replicate=2)
