@@ -472,12 +472,18 @@ class LoraConfig(Section):
         return self
 
 
+def _stage(value: Any) -> Any:
+    if isinstance(value, bool):  # which is the number 1 to a Literal
+        raise ValueError("must be 1, 2 or 3")
+    return value
+
+
 class ParallelConfig(Section):
     dp_replicate: Positive = 1
     """Copies of the dp_shard group, each with the whole model and batches of its own (HSDP)."""
     dp_shard: Positive | Literal["auto"] = "auto"
     """Data-parallel ranks over which the model is cut as `zero` says; auto takes the ranks that are left."""
-    zero: Literal[1, 2, 3] = 3
+    zero: Annotated[Literal[1, 2, 3], BeforeValidator(_stage, json_schema_input_type=Literal[1, 2, 3])] = 3
     """ZeRO's stage (arXiv 1910.02054), what is cut over dp_shard ranks: 1 optimizer, 2 gradients too, 3 weights too."""
     offload: Literal["none", "optimizer", "parameters", "nvme"] = "none"
     """What lies in the host's memory: the optimizer's states, which are updated there, or every shard as well."""
@@ -510,10 +516,6 @@ class ParallelConfig(Section):
             raise ValueError(
                 "parallel.offload=nvme: shards are not written to disks; set it to parameters, which holds them and "
                 "the optimizer in the host's memory"
-            )
-        if self.sequence_parallel and self.tp == 1:
-            raise ValueError(
-                "parallel.sequence_parallel=true cuts tokens over tp ranks, and parallel.tp=1; set tp above 1"
             )
         if self.etp not in (1, self.tp):
             raise ValueError(f"parallel.etp={self.etp} is neither 1 nor parallel.tp={self.tp}; set it to one of them")
@@ -622,6 +624,19 @@ class RunConfig(Section):
     """Where metrics go besides metrics.jsonl; wandb needs the extra of that name."""
 
 
+_MANNERS = (
+    ("parallel.sequence_parallel", "parallel.tp", 1),
+    ("parallel.cp_kind", "parallel.cp", 1),
+    ("parallel.pp_schedule", "parallel.pp", 1),
+    ("parallel.pp_chunks", "parallel.pp", 1),
+    ("parallel.pp_first_layers", "parallel.pp", 1),
+    ("parallel.pp_last_layers", "parallel.pp", 1),
+    ("train.recompute_every", "train.recompute", "none"),
+    ("cluster.restart_wait", "cluster.max_restarts", 0),
+)
+"""Keys that say how another does its work, that other, and its value without work."""
+
+
 class Recipe(Section):
     model: ModelConfig
     """The model to start from."""
@@ -647,6 +662,24 @@ class Recipe(Section):
     """Processes: hosts, devices, and what happens when one is lost."""
     run: RunConfig = RunConfig()
     """Folder, seed, device and logging."""
+
+    @property
+    def idle_keys(self) -> list[str]:
+        """A sentence for each key that says how something is done which the recipe does not do.
+
+        They change no result, and a layout is tried elsewhere by overriding its degrees alone: so this is for a
+        warning, where a key that would change results and cannot is refused.
+        """
+        sentences: list[str] = []
+        for key, other, nothing in _MANNERS:
+            (section, name), (neighbour, work) = key.split("."), other.split(".")
+            value, default = (
+                getattr(of, name) for of in (getattr(self, section), Recipe.model_fields[section].default)
+            )
+            if value not in (default, False) and getattr(getattr(self, neighbour), work) == nothing:
+                shown = str(value).lower()
+                sentences.append(f"{key}={shown} has no effect with {other}={nothing}; remove it or set {other}")
+        return sentences
 
     @model_validator(mode="after")
     def _possible(self) -> Recipe:

@@ -18,6 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from burnish.config import Recipe, RecipeError, Section
+from burnish.names import KEYS, plain, remedy_for_key, remedy_for_value
 
 
 class _Loader(yaml.SafeLoader):
@@ -155,12 +156,28 @@ def validate(section: type[SectionType], tree: Any) -> SectionType:
 
 def _faults(section: type[Section], error: ValidationError) -> list[str]:
     # A union reports the complaints of each of its members; those of the deepest place are the ones to show.
-    by_place: dict[str, list[str]] = {}
+    by_place: dict[tuple[str, ...], list[Any]] = {}
     for fault in error.errors(include_url=False):
-        keys = _place(section, fault["loc"])
-        by_place.setdefault(".".join(keys), []).append(_fault(section, keys, fault))
-    deepest = [p for p in by_place if not any(other.startswith(f"{p}.") for other in by_place)]
-    return [_joined(list(dict.fromkeys(by_place[place]))) for place in deepest]
+        by_place.setdefault(tuple(_place(section, fault)), []).append(fault)
+    deepest = [p for p in by_place if not any(len(other) > len(p) and other[: len(p)] == p for other in by_place)]
+    return [_at(section, list(place), by_place[place]) for place in deepest]
+
+
+def _at(section: type[Section], keys: list[str], faults: list[Any]) -> str:
+    """What is wrong at one place, and what to do about it."""
+    said = _joined(list(dict.fromkeys(_fault(section, keys, fault) for fault in faults)))
+    value = faults[0]["input"]
+    known = remedy_for_value(_schema_path(keys), value)
+    if known is not None:
+        return f"{said}; {known}"
+    choices = {
+        choice
+        for fault in faults
+        if fault["type"] == "literal_error"
+        for choice in re.findall(r"'([^']*)'", fault["ctx"]["expected"])
+    }
+    near = difflib.get_close_matches(value.lower(), sorted(choices), 1, 0.5) if isinstance(value, str) else []
+    return f"{said}; did you mean {near[0]}?" if near else said
 
 
 def _joined(complaints: list[str]) -> str:
@@ -171,8 +188,9 @@ def _joined(complaints: list[str]) -> str:
     )
 
 
-def _place(section: type[Section], loc: tuple[int | str, ...]) -> list[str]:
+def _place(section: type[Section], fault: Any) -> list[str]:
     """The path as the user wrote it: pydantic adds the names of union members to it."""
+    loc: tuple[int | str, ...] = fault["loc"]
     keys: list[str] = []
     node: Any = section
     for part in loc:
@@ -184,10 +202,12 @@ def _place(section: type[Section], loc: tuple[int | str, ...]) -> list[str]:
         if owner is not None:
             node = owner.model_fields[part].annotation
             keys.append(part)
-        elif (
-            part == loc[-1]
-            and not re.search(r"[\[\]()]|^(int|float|str|bool|constrained|tuple|literal|function)", part)
-            and not any(part == m.__name__ for m in members)
+        elif part == loc[-1] and (
+            fault["type"] == "extra_forbidden"
+            or not (
+                re.search(r"[\[\]()]|^(int|float|str|bool|constrained|tuple|literal|function)", part)
+                or any(part == m.__name__ for m in members)
+            )
         ):
             keys.append(part)
     return keys
@@ -204,15 +224,7 @@ def _fault(section: type[Section], keys: list[str], fault: Any) -> str:
     value = json.dumps(fault["input"], ensure_ascii=False, default=str)
     shown = value if len(value) <= 80 else value[:77] + "..."
     if fault["type"] == "extra_forbidden":
-        known = sorted(path for path, _, _ in fields(section))
-        siblings = [k for k in known if k.rpartition(".")[0] == _schema_path(keys[:-1])]
-        near = difflib.get_close_matches(keys[-1], [k.rpartition(".")[2] for k in siblings], 1, 0.6)
-        if near:
-            return f"{name}={shown}: no such key; did you mean {'.'.join([*keys[:-1], near[0]])}?"
-        elsewhere = [k for k in known if k.rpartition(".")[2] == keys[-1]]
-        if elsewhere:
-            return f"{name}={shown}: no such key; did you mean {elsewhere[0]}?"
-        return f"{name}={shown}: no such key; the keys here are {', '.join(k.rpartition('.')[2] for k in siblings)}"
+        return f"{name}={shown}: no such key; {_meant(section, keys)}"
     if fault["type"] == "missing":
         return f"{name}: missing; {_doc(section, keys)}"
     if fault["type"] == "value_error":
@@ -222,11 +234,25 @@ def _fault(section: type[Section], keys: list[str], fault: Any) -> str:
         )
     message = (fault["msg"][0].lower() + fault["msg"][1:]).replace("input should be", "must be")
     message = re.sub("must be (a valid array|an object|a valid dictionary)", lambda m: _IN_YAML[m[1]], message)
-    if fault["type"] == "literal_error" and isinstance(fault["input"], str):
-        choices = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
-        near = difflib.get_close_matches(fault["input"], choices, 1, 0.5)
-        message += f"; did you mean {near[0]}?" if near else ""
     return f"{name}={shown}: {message}"
+
+
+def _meant(section: type[Section], keys: list[str]) -> str:
+    """Which key an unknown one stands for: one that others call so, is written almost so, or is of another section."""
+    above, name = _schema_path(keys[:-1]), keys[-1]
+    remedy = remedy_for_key(name, above)
+    if remedy is not None:
+        return remedy
+    known = sorted(path for path, _, _ in fields(section) if not path.startswith("data.validation."))
+    elsewhere = [k for k in known if k.rpartition(".")[2] == plain(name)]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    siblings = sorted(path.rpartition(".")[2] for path, _, _ in fields(section) if path.rpartition(".")[0] == above)
+    near = difflib.get_close_matches(plain(name), siblings, 1, 0.6)
+    if near:
+        return f"did you mean {'.'.join([*keys[:-1], near[0]])}?"
+    foreign = difflib.get_close_matches(plain(name), KEYS, 1, 0.85)
+    return remedy_for_key(foreign[0]) or "" if foreign else f"the keys here are {', '.join(siblings)}"
 
 
 _IN_YAML = {

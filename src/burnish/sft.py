@@ -263,7 +263,7 @@ class SFT:
     def _opened_folder(self) -> Iterator[Console]:
         log = self.folder.path / "logs" / "rank-0.log"
         with self.folder.lock(), Console() as console, logging_to(log, self.recipe.run.log_level, console):
-            for notice in recover(self.folder.checkpoints):
+            for notice in (*recover(self.folder.checkpoints), *self.recipe.idle_keys):
                 LOG.warning(notice)
             yield console
 

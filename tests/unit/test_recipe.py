@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from burnish.config import Recipe, RecipeError
+from burnish.names import KEYS, VALUES, plain, remedy_for_key
 from burnish.recipe import dump, fields, help_text, json_schema, parse_yaml, read_recipe, recipe_from_dict
 
 BASE: dict[str, Any] = {"model": {"path": "m"}, "data": {"train": [{"path": "a.jsonl"}]}}
@@ -48,7 +50,13 @@ def fault(*overrides: str, tree: dict[str, Any] | None = None) -> str:
         ("data={train: a, renderer: deepseek_v32, chat_template: x}", "both write the prompts"),
         ("data.train_on={roles: [asistant]}", "no message has the role 'asistant'; did you mean assistant?"),
         ("data.workers=-1", "data.workers=-1: must be greater than or equal to 0 or must be 'auto'"),
-        ("precision.compute=fp8", "did you mean fp"),
+        ("precision.compute=fp8", "must be 'bf16', 'fp32' or 'fp64'; set it to bf16, the narrowest there is here"),
+        ("precision.compute=bf61", "must be 'bf16', 'fp32' or 'fp64'; did you mean bf16?"),
+        ("strategy=3", "strategy=3: no such key; the keys here are batch"),
+        ("path=m", "path=\"m\": no such key; did you mean data.train.path or lora.path or model.path?"),
+        ("cluster.device=cpu", "no such key; did you mean run.device?"),
+        ("parallel.pp_schedule=ZBVZeroBubble", "; set it to zbv_zero_bubble"),
+        ("parallel.pp_schedule=GPipe", "; did you mean gpipe?"),
         ("run.trackers=tensorboard", "must be a list, such as [a, b]"),
         ("optim=1", "optim=1: must be a mapping of keys"),
         ("data.date=2026-02-30", 'data.date="2026-02-30": must be a day as YYYY-MM-DD'),
@@ -78,6 +86,115 @@ def test_a_fault_is_told_in_one_message(override: str, message: str | None) -> N
         assert fault(override)
     else:
         assert message in fault(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("parallel.tensor_parallel=2", "set parallel.tp"),
+        ("tp_size=2", "set parallel.tp"),
+        ("train.Tensor-Model-Parallel-Size=2", "set parallel.tp"),
+        ("cluster.num_gpus_per_node=8", "set cluster.devices_per_node"),
+        ("parallel.vpp=2", "set parallel.pp_chunks (with parallel.pp_schedule: interleaved_1f1b)"),
+        ("parallel.zero_stage=3", "set parallel.zero (1, 2 or 3; stage 0 is parallel.dp_replicate: N with "
+         "parallel.dp_shard: 1)"),
+        ("zero_optimization={stage: 2}", "set parallel.zero ("),
+        ("batch.per_device_train_batch_size=1", "set batch.samples (the samples of a whole step, "),
+        ("train.gradient_accumulation_steps=1", "set batch.samples (the samples of a whole step, "),
+        ("batch.global_batch_size=1", "set batch.samples"),
+        ("lora.r=8", "set lora.rank"),
+        ("lora.use_dora=true", "set lora.kind=dora"),
+        ("evaluate.steps=8", "set evaluate.every (steps, a fraction of the run, epoch or null)"),
+        ("train.learing_rate=1", "set optim.lr"),
+        ("use_liger_kernel=true", "leave it out: the lm head is cut into chunks always"),
+    ],
+)  # fmt: skip
+def test_a_key_of_another_project_is_answered_with_ours(override: str, remedy: str) -> None:
+    message = fault(override)
+    assert f": no such key; {remedy}" in message
+    assert message.endswith(remedy) or remedy[-1] in "( "
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.zero=0", "parallel.zero=0: must be 1, 2 or 3; plain data parallelism is parallel.dp_replicate=N"),
+        ("parallel.dp_shard=-1", "must be greater than or equal to 1 or must be 'auto'; set it to auto"),
+        ("parallel.offload=cpu", "; set it to parameters, or to optimizer"),
+        ("parallel.cp_kind=Ulysses", "; set it to all_to_all"),
+        ("lora.kind=rslora", "must be 'lora' or 'dora'; set lora.rslora=true"),
+        ("train.recompute=true", "; set it to full"),
+        ("optim.name=adamw_8bit", "; set it to adamw, with precision.states=int8"),
+        ("evaluate.every=no", "; set it to null, which is never"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_project_is_answered_with_ours(override: str, message: str) -> None:
+    assert message in fault(override)
+
+
+KEYS_HERE = {path for path, _, _ in fields(Recipe)}
+
+
+def test_every_name_of_another_project_leads_to_a_key() -> None:
+    ends = {path.rpartition(".")[2] for path in KEYS_HERE}
+    for name, (target, remark) in KEYS.items():
+        key, equals, _ = target.partition("=")
+        assert key in KEYS_HERE or (not key and remark), name
+        assert {key for key in re.findall(r"[a-z]+\.[a-z_]+", remark) if key != "config.json"} <= KEYS_HERE, name
+        assert name not in KEYS_HERE, f"{name} is a key"
+        assert "." in name or name not in ends, f"{name} would hide a key of that name in another section"
+        if equals:
+            assert recipe_from_dict(BASE, [target])
+
+
+def test_every_value_of_another_project_is_refused_and_leads_to_one_that_is_not() -> None:
+    for (key, value), remedy in VALUES.items():
+        assert key in KEYS_HERE
+        assert set(re.findall(r"[a-z]+\.[a-z_]+", remedy)) <= KEYS_HERE, remedy
+        assert remedy in fault(f"{key}={value}"), f"{key}={value} is taken"
+        for meant in re.findall(r"(?:set it to|or to) ([a-z0-9_\[\]-]+)", remedy):
+            wider = "precision.master=fp64" if meant == "fp64" else "precision.master=fp32"
+            assert meant == "a" or recipe_from_dict(BASE, [wider, f"{key}={meant}"]), "`a number` is none"
+
+
+NOT_KEYS = {"a2a", "accelerate", "ddp.yaml", "qwen2_5", "selective", "step_loss_mask", "zero2.yaml", "zero3.yaml"}
+"""What stands among other projects' keys in the docs' tables: values, commands, files and fields of rows."""
+
+
+def test_names_that_the_docs_translate_are_answered() -> None:
+    docs, ours = Path(__file__).parents[2] / "docs", {path.rpartition(".")[2] for path in KEYS_HERE}
+    for page in ("layouts.md", "coming-from-roll.md", "coming-from-slime.md", "coming-from-open-r1.md"):
+        text = (docs / page).read_text(encoding="utf-8")
+        tables = text.split("## From other launchers")[1].split("\n## ")[0] if page == "layouts.md" else text
+        columns = [row.split("|")[1] for row in tables.splitlines() if row.startswith("|")]
+        names = set(re.findall(r"`(?:--)?([a-z][a-zA-Z0-9_.-]*)(?:[: ][^`]*)?`", " ".join(columns))) - NOT_KEYS
+        assert len(names) > 10
+        ends = {plain(name.rpartition(".")[2]) for name in names}
+        assert {name for name in ends - ours if remedy_for_key(name) is None} == set(), page
+
+
+@pytest.mark.parametrize(
+    ("keys", "degree", "sentence"),
+    [
+        ("sequence_parallel=true", "tp", "parallel.sequence_parallel=true has no effect with parallel.tp=1; remove it"),
+        ("cp_kind=all_to_all", "cp", "parallel.cp_kind=all_to_all has no effect with parallel.cp=1; remove it or set"),
+        ("pp_schedule=gpipe", "pp", "parallel.pp_schedule=gpipe has no effect with parallel.pp=1; remove it or set"),
+        ("pp_chunks=2", "pp", "parallel.pp_chunks=2 has no effect with parallel.pp=1; remove it or set parallel.pp"),
+        ("pp_first_layers=2", "pp", "parallel.pp_first_layers=2 has no effect with parallel.pp=1; remove it or set"),
+    ],
+)  # fmt: skip
+def test_a_key_of_a_layout_that_does_nothing_is_told_and_stays(keys: str, degree: str, sentence: str) -> None:
+    (idle,) = recipe_from_dict(BASE, [f"parallel.{keys}"]).idle_keys
+    assert idle.startswith(sentence)
+    recipe = recipe_from_dict(BASE, [f"parallel.{keys}", f"parallel.{degree}=2"])
+    assert recipe.idle_keys == recipe_from_dict(parse_yaml(dump(recipe), "dump")).idle_keys == []
+
+
+def test_keys_that_ask_for_nothing_are_not_idle() -> None:
+    assert recipe_from_dict(BASE, ["parallel.sequence_parallel=false", "parallel.pp_schedule=1f1b"]).idle_keys == []
+    assert recipe_from_dict(BASE, ["train.recompute_every=2"]).idle_keys == [
+        "train.recompute_every=2 has no effect with train.recompute=none; remove it or set train.recompute"
+    ]
 
 
 def test_states_that_are_not_kept_cannot_be_narrow() -> None:

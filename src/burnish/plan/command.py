@@ -23,8 +23,11 @@ def plan(request: Request) -> int:
 
     Raises UserError where the recipe, the model, the rows or the layout cannot be used, before anything is shown.
     """
-    report = Report(Planner(request, read_recipe(request.recipe, request.overrides)))
+    recipe = read_recipe(request.recipe, request.overrides)
+    report = Report(Planner(request, recipe))
     found = report.fit() if request.fit else report.plan()
+    for sentence in recipe.idle_keys:
+        print(f"warning: {sentence}", file=sys.stderr)
     if request.json == "-":
         print(json.dumps(found.tree, indent=2))
         return found.status
