@@ -38,7 +38,7 @@ from burnish.train.trainer import LocalTrainer, freeze_parameters
 from burnish.types import Sample, StepInput
 
 CPU = torch.device("cpu")
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "vocab_size": 4096,
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,
 }  # fmt: skip
@@ -63,7 +63,7 @@ class Case:
 
     @property
     def model(self) -> dict[str, Any]:
-        return tiny_config(**(SHAPE | self.config))
+        return tiny_config(**SHAPE | self.config)
 
     @property
     def read(self) -> Recipe:
@@ -292,7 +292,14 @@ def test_one_process(case: Case) -> None:
     assert foretell(case) == [pytest.approx(measure(case), rel=0.1)]
 
 
-@pytest.mark.parametrize("case", RANKS, ids=str)
+QUICK = {"zero3-bf16-short", "tp2-short", "ring2", "pp2-1f1b", "ep2-tp2", "tp2-lora"}
+"""Of which each kind of layout has one."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=() if case.name in QUICK else pytest.mark.slow) for case in RANKS],
+)
 def test_ranks(case: Case) -> None:
     foretold = foretell(case)
     for rank, measured in enumerate(run_ranks(case.world, measure, case)):

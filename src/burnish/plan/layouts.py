@@ -109,6 +109,7 @@ class Planner:
     request: Request
     recipe: Recipe
     _models: dict[tuple[Any, ...], RankModel] = field(default_factory=dict)
+    _stages: dict[int, list[range]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.hardware = requested_hardware(self.request)
@@ -117,7 +118,7 @@ class Planner:
         self.model = build_on_meta(self.config, self.recipe, self.device)
         self.counts = count_parameters(self.model)
         self.degrees = Degrees.of(self.recipe.parallel, self._world())
-        self.check(self.recipe.parallel, self.degrees)
+        self.check(self.recipe, self.degrees)
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:
@@ -135,9 +136,8 @@ class Planner:
         shards = 1 if parallel.dp_shard == "auto" else parallel.dp_shard
         return parallel.dp_replicate * shards * parallel.cp * parallel.tp * parallel.pp
 
-    def check(self, parallel: ParallelConfig, degrees: Degrees) -> None:
+    def check(self, recipe: Recipe, degrees: Degrees) -> None:
         """Raises RecipeError for a layout that the model cannot have."""
-        recipe = self.recipe.model_copy(update={"parallel": parallel})
         check_layout(self.model, recipe, degrees, self.device, *self.origin)
 
     @property
@@ -190,8 +190,10 @@ class Planner:
         return layer_costs(build_on_meta(self.config, bare, self.device))
 
     def stages(self, parallel: ParallelConfig) -> list[range]:
-        """The layers of every part of the pipeline."""
-        return stages(self.layer_costs, parallel)
+        """The layers of every part of the pipeline; in a search layouts differ in their number alone."""
+        if parallel.pp not in self._stages:
+            self._stages[parallel.pp] = stages(self.layer_costs, parallel)
+        return self._stages[parallel.pp]
 
     def estimate(self, recipe: Recipe, degrees: Degrees) -> Estimate:
         """Memory and time of `recipe` laid out by `degrees`."""
@@ -206,7 +208,7 @@ class Planner:
         memories = [rank_memory(model, layout, parts, rank) for rank in range(degrees.pp)]
         time = None
         if self.hardware is not None:
-            time = step_time(model, layout, parts, self.work, self.hardware, self.assumptions)
+            time = step_time(model, layout, parts, memories, self.work, self.hardware, self.assumptions)
         return Estimate(recipe, layout, memories, time)
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from burnish.config import ParallelConfig, PrecisionConfig, Recipe
@@ -185,8 +186,8 @@ class Layout:
     def in_flight(self, rank: int) -> int:
         """Forward passes of a part that a pipeline rank keeps at most before it runs the backward of one.
 
-        1F1B: arXiv 2104.04473, section 2.2; interleaved: the warm-up of torch's schedules; zero-bubble V: arXiv
-        2401.10241 (as much as 1F1B's first rank on all).
+        1F1B: arXiv 2104.04473, section 2.2; interleaved: the warm-up of torch's schedules, that with zero bubbles
+        counted in its order of actions; zero-bubble V: arXiv 2401.10241 (as much as 1F1B's first rank on all).
         """
         pp, chunks, micro = self.degrees.pp, num_chunks(self.parallel), self.num_micro_batches
         match self.parallel.pp_schedule:
@@ -198,6 +199,8 @@ class Layout:
                 return min(micro, pp - rank)
             case "zbv_zero_bubble":
                 return min(2 * micro, 2 * pp)
+            case "interleaved_zero_bubble":
+                return min(micro * chunks, chunks * pp)
             case _:
                 return min(micro * chunks, (chunks - 1) * pp + 2 * (pp - 1 - rank) + 1)
 
@@ -232,12 +235,12 @@ class Rank:
 
     # --- what is there ---
 
-    @property
+    @cached_property
     def content(self) -> Content:
         """All that this rank holds of the model."""
         return total(self.model.blocks[layer] for part in self.own for layer in self.parts[part]) + self.shell
 
-    @property
+    @cached_property
     def shell(self) -> Content:
         """All but the blocks, the copy of a tied head included."""
         return total(self._shell_of(part) for part in self.own)
@@ -252,7 +255,7 @@ class Rank:
         """Whether a part has a copy of the embedding for its head: weights and gradients that nothing updates."""
         return self.model.is_tied and 0 < part == len(self.parts) - 1
 
-    @property
+    @cached_property
     def copy(self) -> Content:
         return self.model.embedding if self._copies_head(max(self.own)) else NOTHING
 
@@ -270,7 +273,7 @@ class Rank:
             return trained.total * sizes.gradient
         return trained.total * sizes.reduce if whole else trained.shard(self.layout.degrees) * sizes.master
 
-    @property
+    @cached_property
     def keeps_whole_gradients(self) -> bool:
         """Whether gradients are reduced once a step, and whole until then (parallel/fsdp.py, parallel/pp.py)."""
         layout, parallel, sizes = self.layout, self.layout.parallel, self.layout.sizes
@@ -353,7 +356,7 @@ class Rank:
         def moment(name: str, activations: float, number: int, ahead: int, made: float, **more: float) -> Moment:
             is_backward = ahead <= 0 and name != HEAD
             gathered, coming = self._weights(part, number, ahead, first, is_backward)
-            others, others_moved = self._in_flight(part, shell.hidden, is_backward and not first)
+            others, others_moved = self._in_flight(shell.hidden, is_backward and not first)
             parts = {
                 **always,
                 "compute weights": gathered,
@@ -433,15 +436,24 @@ class Rank:
             shell.trained.total * (sizes.compute + sizes.gradient),
         )
 
-    def _in_flight(self, part: int, hidden: float, is_emptying: bool) -> tuple[float, float]:
+    def _in_flight(self, hidden: float, is_emptying: bool) -> tuple[float, float]:
         """What other micro-batches keep on this rank meanwhile, on the device and on the host."""
         # GPipe has run all forwards when it begins to go backward.
         others = self.layout.in_flight(self.rank) - 1 - (is_emptying and self.layout.parallel.pp_schedule == "gpipe")
+        if splits_backward(self.layout.parallel):
+            # Between its two backwards a part keeps gradients, here taken to be as large as one micro-batch's
+            # activations; the last part runs both at once (parallel/pp.py).
+            others += sum(part < len(self.parts) - 1 for part in self.own) / len(self.own)
         if self.layout.degrees.pp == 1 or others <= 0:
             return 0.0, 0.0
+        kept, host = self._kept_by_each
+        return others * (kept + 2 * hidden), others * host
+
+    @cached_property
+    def _kept_by_each(self) -> tuple[float, float]:
+        """By a micro-batch in one part of this rank, on the device and on the host."""
         passes = [one for own in self.own for one in self._passes(own, True)]
-        each = len(self.own)
-        return others * (sum(p.kept for p in passes) / each + 2 * hidden), others * sum(p.host for p in passes) / each
+        return sum(p.kept for p in passes) / len(self.own), sum(p.host for p in passes) / len(self.own)
 
     def _weights(self, part: int, number: int, ahead: int, first: bool, is_backward: bool) -> tuple[float, float]:
         """Weights of the compute type while layer `number` of `part` runs, and buffers of those that come."""

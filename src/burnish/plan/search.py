@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
-from burnish.config import ParallelConfig, RecipeError
+from burnish.config import ParallelConfig, Recipe, RecipeError
 from burnish.parallel.degrees import Degrees
 from burnish.parallel.divisible import check_tensor_parallel
 from burnish.plan.layouts import RECOMPUTE, Estimate, Planner
@@ -18,15 +19,22 @@ def search(planner: Planner) -> tuple[list[Estimate], Counter[str]]:
     fitting: list[Estimate] = []
     limit = planner.limit
     assert limit is not None
+    obstacles: dict[tuple[Any, ...], str | None] = {}
     for parallel in candidates(planner):
         degrees = Degrees.of(parallel, planner.degrees.world)
-        reason = _obstacle(planner, parallel, degrees)
-        if reason is not None:
-            dropped[reason] += 1
+        if degrees.data_ranks > planner.steps.num_packs:
+            dropped["more data ranks than micro-batches in a step"] += 1
             continue
         for recompute in RECOMPUTE:
             train = planner.recipe.train.model_copy(update={"recompute": recompute})
             recipe = planner.recipe.model_copy(update={"parallel": parallel, "train": train})
+            key = (degrees.tp, degrees.cp, degrees.pp, degrees.ep, recompute)
+            if key not in obstacles:
+                obstacles[key] = _obstacle(planner, recipe, degrees)
+            reason = obstacles[key]
+            if reason is not None:
+                dropped[reason] += 1
+                continue
             estimate = planner.estimate(recipe, degrees)
             if estimate.peak > limit:
                 dropped[f"needs more than {gib(limit)} GiB on a rank"] += 1
@@ -61,18 +69,16 @@ def candidates(planner: Planner) -> Iterator[ParallelConfig]:
                             yield planner.recipe.parallel.model_copy(update={**keys, "dp_shard": "auto", "etp": 1})
 
 
-def _obstacle(planner: Planner, parallel: ParallelConfig, degrees: Degrees) -> str | None:
+def _obstacle(planner: Planner, recipe: Recipe, degrees: Degrees) -> str | None:
     """Why a layout cannot be, in words that are alike for alike layouts."""
     checks: tuple[tuple[str, Callable[[], object]], ...] = (
         ("tp does not divide heads or columns", lambda: check_tensor_parallel(planner.model.config, degrees.tp)),
-        ("more pipeline parts than layers", lambda: planner.stages(parallel)),
-        ("the model cannot be computed so", lambda: planner.check(parallel, degrees)),
+        ("more pipeline parts than layers", lambda: planner.stages(recipe.parallel)),
+        ("the model cannot be computed so", lambda: planner.check(recipe, degrees)),
     )
     for reason, check in checks:
         try:
             check()
         except RecipeError:
             return reason
-    if degrees.data_ranks > planner.steps.num_packs:
-        return "more data ranks than micro-batches in a step"
     return None

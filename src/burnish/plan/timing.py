@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from burnish.parallel.stages import num_chunks
-from burnish.plan.memory import GIB, Layout, Rank, RankModel
+from burnish.plan.memory import GIB, Layout, Rank, RankMemory, RankModel
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ def step_time(
     model: RankModel,
     layout: Layout,
     parts: Sequence[range],
+    memories: Sequence[RankMemory],
     work: Work,
     hardware: Hardware,
     assumptions: Assumptions,
@@ -149,7 +150,7 @@ def step_time(
     sharing = _sharing(held, layout, link)
     moved = 2 * sum(held.always().values()) + held.gradients(held.content, whole=False)
     bus = HOST_LINK * assumptions.transfer
-    activations = max(rank.memory().forward_backward.host.get("activations", 0.0) for rank in ranks)
+    activations = max(memory.forward_backward.host.get("activations", 0.0) for memory in memories)
     return StepTime(
         {
             "computing": computing,
