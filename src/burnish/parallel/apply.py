@@ -25,7 +25,7 @@ from burnish.model.zoo import initialise
 from burnish.parallel import ep, tp
 from burnish.parallel.cp import ContextParallel
 from burnish.parallel.execution import MeshExecution
-from burnish.parallel.fsdp import Sharding, shard
+from burnish.parallel.fsdp import Sharding, give_every_gradient, shard
 from burnish.parallel.lora import cut_adapters
 from burnish.parallel.mesh import Mesh
 from burnish.parallel.pp import PipelineEngine, keep_part
@@ -131,6 +131,8 @@ class Parallelism:
         Weights on the host go to the device, and get the type `held`, block by block as they are sharded.
         """
         blocks.wrap(model)
+        for block in model.blocks():
+            give_every_gradient(block)
         modules = self._shard(model, precision, held)
         sharding = self._sharding(modules, precision)
         return MeshExecution(model, precision.compute, self.mesh.device, self.mesh, sharding, model)

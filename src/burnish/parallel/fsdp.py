@@ -83,3 +83,32 @@ def shard(
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     return modules
+
+
+def give_every_gradient(module: nn.Module) -> None:
+    """From now on each backward of `module` gives all its trained parameters a gradient, of zeros where it used none.
+
+    FSDP2 reduces what has a gradient on a rank. Of a module that uses what its tokens ask for, such as experts that are
+    modules of their own, ranks would otherwise add up gradients of unlike parameters. Comes before `shard`.
+    """
+
+    def tie(module: nn.Module, _: Any, output: Any) -> Any:
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if isinstance(output, torch.Tensor):
+            return _Tie.apply(output, *trained)
+        return type(output)((_Tie.apply(output[0], *trained), *output[1:]))
+
+    module.register_forward_hook(tie)
+
+
+class _Tie(torch.autograd.Function):
+    """The first argument as it is; in backward the others get zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.zeros = [parameter.new_zeros(()).expand_as(parameter) for parameter in parameters]
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return gradients[0], *ctx.zeros
