@@ -166,12 +166,25 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if unknown or (overrides and not hasattr(parsed, "overrides")):
         wrong = (unknown or overrides)[0]
         command = _command_parser(parser, parsed.command)
-        known = [option for action in command._actions for option in action.option_strings]
-        near = difflib.get_close_matches(wrong.partition("=")[0], known, 1, 0.6) if wrong.startswith("-") else []
-        command.error(f"unknown argument {wrong!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        remedy = _remedy(command, parsed, wrong.partition("=")[0]) if wrong.startswith("-") else None
+        command.error(f"unknown argument {wrong!r}" + (f"; {remedy}" if remedy else ""))
     if overrides:
         parsed.overrides = [*parsed.overrides, *overrides]
     return parsed
+
+
+def _remedy(command: argparse.ArgumentParser, parsed: argparse.Namespace, wrong: str) -> str | None:
+    """What to write in place of an option that the command has not: another, or a key of the recipe."""
+    from burnish.names import OPTIONS, plain
+    from burnish.recipe import remedy_for_option
+
+    known = [option for action in command._actions for option in action.option_strings]
+    option = OPTIONS.get((parsed.command, plain(wrong)))
+    close, near = (difflib.get_close_matches(wrong.lower(), known, 1, cutoff) for cutoff in (0.8, 0.6))
+    if option or close:
+        return f"did you mean {option or close[0]}?"
+    key = remedy_for_option(wrong) if hasattr(parsed, "overrides") else None
+    return key or (f"did you mean {near[0]}?" if near else None)
 
 
 def _command_parser(parser: argparse.ArgumentParser, command: str) -> argparse.ArgumentParser:

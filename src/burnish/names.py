@@ -1,4 +1,4 @@
-"""What other projects call the recipe's keys and values: data alone, for messages about what a recipe cannot have.
+"""What other projects call keys, values and options: data alone, for messages about what is not there.
 
 Megatron, slime, ROLL, verl, transformers, TRL, peft, accelerate, DeepSpeed and FSDP, and what people guess from these.
 """
@@ -238,6 +238,27 @@ _VALUES = (
 )  # fmt: skip
 
 
+_OPTIONS = (
+    # A command, its option, and what others call that.
+    ("plan", "--devices", "gpus gpu_count num_gpus n_gpus ngpus num_devices n_devices nproc np num_processes ranks"),
+    ("plan", "--devices", "world_size nnodes num_nodes nodes"),
+    ("plan", "--devices-per-node", "nproc_per_node num_gpus_per_node n_gpus_per_node gpus_per_node"),
+    ("plan", "--hardware", "gpu gpu_type gpu_name accelerator device_type"),
+    ("plan", "--memory", "gpu_memory vram"),
+    ("plan", "--tokens-per-row", "seq_length seq_len sequence_length max_seq_length tokens"),
+    ("plan", "--fit", "search auto best"),
+    ("sft", "--dry-run", "check validate"),
+    ("inspect", "--limit", "num_rows num_samples rows samples"),
+    ("inspect", "--out", "output output_file"),
+    ("export", "--out", "output output_dir output_path"),
+    ("export", "--step", "checkpoint ckpt_step iteration"),
+    ("generate", "--max-new-tokens", "max_tokens max_length"),
+    ("generate", "--system", "system_prompt"),
+    ("chat", "--max-new-tokens", "max_tokens max_length"),
+    ("chat", "--system", "system_prompt"),
+)
+
+
 def plain(name: str) -> str:
     """A name or value as the tables have it: `--Micro-Batch-Size` is micro_batch_size."""
     return name.strip().lower().lstrip("-").replace("-", "_")
@@ -251,6 +272,9 @@ KEYS = _by_name(_KEYS)
 """A name elsewhere, or `section.name`: (the recipe's key, with `=value` where one is meant, or nothing; a remark)."""
 VALUES = {(key, value): remedy for keys, values, remedy in _VALUES for key in keys.split() for value in values.split()}
 """(a key, a value that it cannot have, in lower case): what to do."""
+
+OPTIONS = {(command, name): option for command, option, names in _OPTIONS for name in names.split()}
+"""(a command, a name elsewhere): its option."""
 
 
 def remedy_for_key(name: str, section: str = "") -> str | None:

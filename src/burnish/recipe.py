@@ -255,6 +255,15 @@ def _meant(section: type[Section], keys: list[str]) -> str:
     return remedy_for_key(foreign[0]) or "" if foreign else f"the keys here are {', '.join(siblings)}"
 
 
+def remedy_for_option(option: str) -> str | None:
+    """What to write where a key, ours or another project's, was given as `--learning_rate`; None for no such key."""
+    name = plain(option)
+    paths = [path for path, _, _ in fields(Recipe) if not path.startswith("data.validation.")]
+    keys = [path for path in paths if path == name] or [path for path in paths if path.rpartition(".")[2] == name]
+    remedy = f"set {' or '.join(keys)}" if keys else remedy_for_key(name.rpartition(".")[2], name.rpartition(".")[0])
+    return None if remedy is None else f"keys of the recipe are given as a.b=c: {remedy}"
+
+
 _IN_YAML = {
     "a valid array": "must be a list, such as [a, b]",
     "an object": "must be a mapping of keys, such as {key: value}",

@@ -153,8 +153,9 @@ def _ends(name: str, target: str) -> bool:
 
 
 def _near(target: str, names: set[str]) -> str:
+    """All there is to take, nearest first."""
     ends = sorted({name.rpartition(".")[2] for name in names})
-    return f"take some of {', '.join(difflib.get_close_matches(target, ends, 3, 0.5) or ends)}"
+    return f"take some of {', '.join(difflib.get_close_matches(target, ends, len(ends), 0.0))}"
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ def check_tensor_parallel(config: Mapping[str, Any], tp: int) -> None:
     if not any(size % tp for size in sizes.values()):
         return
     undivided = ", ".join(f"{name}={size}" for name, size in sizes.items() if size % tp)
+    divided = ", ".join(f"{name}={size}" for name, size in sizes.items() if size % tp == 0)
+    beside = f" (it does {divided})" if divided else ""
     common = gcd(*sizes.values())
     *others, last = [str(degree) for degree in range(1, common + 1) if common % degree == 0]
     remedy = f"{', '.join(others)} or {last}" if others else last
     raise RecipeError(
-        f"parallel.tp={tp} does not divide {undivided} (the model has "
-        f"{', '.join(f'{name}={size}' for name, size in sizes.items())}, of which every rank holds an equal share); "
+        f"parallel.tp={tp} does not divide {undivided}{beside}, and every rank holds an equal share of each; "
         f"set parallel.tp to {remedy}"
     )
 

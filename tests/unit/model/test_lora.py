@@ -227,6 +227,11 @@ def test_a_folder_without_an_adapter_and_a_foreign_one_are_named(tmp_path: Path)
     ("settings", "message"),
     [
         ({"targets": ("q_porj",)}, "lora.targets=q_porj ends no module's name; take some of q_proj"),
+        (
+            {"targets": ("gate_up_proj",)},
+            "take some of gate_proj, up_proj, v_proj, q_proj, o_proj, k_proj, down_proj$",
+        ),
+        ({"modules_to_save": ("nope",)}, "take some of norm, (?=.*lm_head)(?=.*embed_tokens).*up_proj"),
         ({"targets": ("self_attn",)}, "is model.layers.0.self_attn, a module of type Attention"),
         ({"targets": ("lm_head",)}, "is the output layer"),
         ({"modules_to_save": ("embed",)}, "ends no name of a module with weights; take some of embed_tokens"),

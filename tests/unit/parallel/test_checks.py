@@ -26,7 +26,17 @@ def check(world: int, implementation: Any = "native", train: dict[str, Any] | No
 @pytest.mark.parametrize(
     ("world", "keys", "message"),
     [
-        (4, {"tp": 4}, r"parallel.tp=4 does not divide num_key_value_heads=2 .* set parallel.tp to 1 or 2"),
+        (
+            4,
+            {"tp": 4},
+            r"parallel.tp=4 does not divide num_key_value_heads=2 \(it does num_attention_heads=4, "
+            r"intermediate_size=\d+\), and every rank .* set parallel.tp to 1 or 2",
+        ),
+        (
+            3,
+            {"tp": 3},
+            r"does not divide num_attention_heads=4, num_key_value_heads=2, intermediate_size=\d+, and every",
+        ),
         (3, {"cp": 3, "cp_kind": "all_to_all"}, r"parallel.cp=3 .* does not divide num_attention_heads=4"),
         (2, {"ep": 2}, r"parallel.ep=2 and etp=1 cut experts, and this model has none"),
         (
