@@ -43,7 +43,7 @@ def layout(case: Case) -> str:
         f"of {case.blocks.get('every')} blocks one": "every" in case.blocks,
         "activations on the host": "is_offloaded" in case.blocks,
         "compiled": "is_compiled" in case.blocks,
-        "frozen " + " ".join(f"`{pattern}`" for pattern in case.freeze): case.freeze,
+        f"`frozen {' '.join(case.freeze)}`": case.freeze,
         case.rows: case.rows != "uneven",
         "ranks without a sample": case.num_samples < math.prod(map(case.parallel.get, DATA, (1, 1))),
         f"{case.num_steps} steps": case.num_steps != 2,
