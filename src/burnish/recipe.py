@@ -251,7 +251,7 @@ def _meant(section: type[Section], keys: list[str]) -> str:
     near = difflib.get_close_matches(plain(name), siblings, 1, 0.6)
     if near:
         return f"did you mean {'.'.join([*keys[:-1], near[0]])}?"
-    foreign = difflib.get_close_matches(plain(name), KEYS, 1, 0.85)
+    foreign = difflib.get_close_matches(plain(name), KEYS, 1, 0.9)
     return remedy_for_key(foreign[0]) or "" if foreign else f"the keys here are {', '.join(siblings)}"
 
 

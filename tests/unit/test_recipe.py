@@ -106,6 +106,8 @@ def test_a_fault_is_told_in_one_message(override: str, message: str | None) -> N
         ("lora.use_dora=true", "set lora.kind=dora"),
         ("evaluate.steps=8", "set evaluate.every (steps, a fraction of the run, epoch or null)"),
         ("train.learing_rate=1", "set optim.lr"),
+        ("parallel.tensor=2", "set parallel.tp"),
+        ("lora.type=dora", "set lora.kind"),
         ("use_liger_kernel=true", "leave it out: the lm head is cut into chunks always"),
     ],
 )  # fmt: skip
