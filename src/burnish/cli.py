@@ -263,13 +263,9 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def _sft(parsed: argparse.Namespace) -> int:
-    from burnish.cluster.launch import serve_as_peer
-    from burnish.cluster.peers import leading
+    from burnish.cluster.launch import driving
 
-    status = serve_as_peer(os.environ)
-    if status is not None:
-        return status
-    with leading(os.environ):
+    with driving(os.environ):
         from burnish.recipe import read_recipe
 
         recipe = read_recipe(parsed.recipe, parsed.overrides)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import date
@@ -72,14 +72,15 @@ class Components:
 
     @cached_property
     def device(self) -> torch.device:
-        asked = self.recipe.run.device
-        if asked == "cuda" and not torch.cuda.is_available():
+        """This process's."""
+        asked, cluster = self.recipe.run.device, self.recipe.cluster
+        if asked == "cuda" and cluster.address is None and not torch.cuda.is_available():
             raise RecipeError(
                 "run.device=cuda: torch finds no CUDA device; install a CUDA build of torch or set it to cpu"
             )
         if asked == "cpu" or not torch.cuda.is_available():
             return torch.device("cpu")
-        mapping = self.recipe.cluster.device_mapping
+        mapping = cluster.device_mapping if cluster.address is None else None  # which counts devices of other hosts
         return torch.device("cuda" if mapping is None else f"cuda:{mapping[0]}")
 
     @cached_property
@@ -247,11 +248,9 @@ class Components:
     def execution(self) -> Execution:
         return Execution(self.loaded.model, self.compute, self.device)
 
-    def utilisation(self, world_size: int) -> Utilisation | None:
+    def utilisation(self, world_size: int, device_name: str) -> Utilisation | None:
         """What MFU is measured by, of all ranks together; None on devices without a known peak."""
-        if self.device.type != "cuda":
-            return None
-        peak = peak_flops(torch.cuda.get_device_name(self.device))
+        peak = peak_flops(device_name)
         return None if peak is None else Utilisation(model_shape(self.loaded.model), peak * world_size)
 
     def identity(self) -> dict[str, Any]:
@@ -292,6 +291,15 @@ class Components:
 @dataclass
 class DriverComponents(Components):
     """The pieces of a run whose ranks are elsewhere: of the model names, shapes and config, and no weights."""
+
+    find_device: Callable[[], str | None] = lambda: None
+    """What ranks on other hosts have, cpu or cuda; None where it is what this one has."""
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The kind of the ranks'."""
+        found = self.find_device()
+        return super().device if found is None else torch.device(found)
 
     @cached_property
     def loaded(self) -> Loaded:

@@ -589,6 +589,11 @@ class ClusterConfig(Section):
                 f"cluster.address={self.address} goes through a proxy, and ranks talk to the driver directly; start "
                 "the run on a host of the cluster and set it to auto or HOST:PORT"
             )
+        if self.address not in (None, "auto") and not re.fullmatch(r"(\[[^\]]+\]|[^:\s]+):\d+", self.address):
+            raise ValueError(
+                f"cluster.address={self.address} is no address of a Ray cluster; set it to auto or HOST:PORT, such as "
+                "10.0.0.1:6379"
+            )
         if self.address is None and self.num_nodes > 1:
             raise ValueError(
                 f"cluster.num_nodes={self.num_nodes} needs a cluster, and cluster.address=null starts Ray on this host "

@@ -9,8 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from burnish.components import Components
 from burnish.data.chat import TextTokenizer
 from burnish.data.feed import Feed, Preparation
@@ -71,11 +69,10 @@ def start_facts(parts: Components, length: RunLength, layout: Layout, ranks: Ran
         ("precision", ", ".join(precision)),
         ("layout", _layout_text(ranks, str(parts.device))),
     ]
-    utilisation = parts.utilisation(ranks.world_size)
+    device_name = ranks.device_name()
+    utilisation = parts.utilisation(ranks.world_size, device_name)
     if utilisation is not None:
-        facts.append(
-            ("MFU", formula_text(utilisation.shape, torch.cuda.get_device_name(parts.device), utilisation.peak))
-        )
+        facts.append(("MFU", formula_text(utilisation.shape, device_name, utilisation.peak)))
     return facts
 
 

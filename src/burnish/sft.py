@@ -18,7 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from burnish.cluster.launch import end_after, is_local, known_world, open_ranks, with_restarts
+from burnish.cluster.launch import (
+    check_devices,
+    driving,
+    end_after,
+    is_local,
+    joined_device,
+    known_world,
+    open_ranks,
+    with_restarts,
+)
 from burnish.cluster.phases import phase
 from burnish.cluster.ranks import ClusterError, LostRanks
 from burnish.components import Components, DriverComponents
@@ -30,13 +39,15 @@ from burnish.evaluate import evaluate
 from burnish.export import Card, SavedWeights, write_export
 from burnish.length import RunLength, needs_every_row, run_length
 from burnish.loop import fit
-from burnish.model.lora import settings_of
+from burnish.model.attention import check_attention
+from burnish.model.hf_io import check_weights, locate_tensors
+from burnish.model.lora import check_adapter, settings_of
 from burnish.model.vocabulary import stop_ids
 from burnish.model.zoo import locate
 from burnish.observe.console import Console, logging_to
 from burnish.observe.environment import versions
 from burnish.observe.metrics import MetricsWriter, StepWindow, Stopwatch, cut
-from burnish.observe.trackers import open_trackers
+from burnish.observe.trackers import check_trackers, open_trackers
 from burnish.outcome import (
     dropped_warnings,
     result_facts,
@@ -63,7 +74,7 @@ from burnish.train.checkpoint import (
     recover,
     verify_checkpoint,
 )
-from burnish.train.optim import DTYPES
+from burnish.train.optim import DTYPES, weight_decays
 from burnish.types import Sample, StepInput, UserError
 
 LOG = logging.getLogger(__name__)
@@ -93,6 +104,8 @@ class Session:
     length: RunLength
     clock: Stopwatch
     identity: dict[str, Any]
+    prompts: list[list[int]]
+    """The ids of evaluate.prompts."""
     held_out: list[Preparation]
     prepared: list[Preparation] | None
     """Of the training rows, where all were prepared first."""
@@ -138,7 +151,12 @@ class SFT:
                 f"a model that is passed in lies in this process, and {why}; save it to a folder and name that in "
                 "model.path"
             )
-        self.parts = self._whole if self.is_alone else DriverComponents(self.recipe, self.folder.path, **self._given)
+        find_device = partial(joined_device, self.recipe.cluster, self.recipe.run.device)
+        self.parts = (
+            self._whole
+            if self.is_alone
+            else DriverComponents(self.recipe, self.folder.path, **self._given, find_device=find_device)
+        )
         self._progress = Progress()
         self._is_restart = False
         """Whether ranks were lost before, and the run may go on with fewer."""
@@ -214,16 +232,30 @@ class SFT:
         return rank
 
     def _check_layout(self) -> None:
-        """Raises RecipeError where the recipe's layout does not suit the ranks, as far as they are known, or the model.
+        """Raises UserError where the recipe does not suit the ranks, as far as they are known, or the model, where its
+        devices cannot be had, and where what it names is not there or does not fit.
 
         Ranks ask again how many they are.
         """
         recipe, parallel, device = self.recipe, self.recipe.parallel, self.parts.device.type
+        check_trackers(recipe.run.trackers)
+        check_devices(recipe.cluster, device)
         world = known_world(recipe.cluster, device)
         degrees = Degrees.least(parallel) if world is None else Degrees.of(parallel, world)
-        if not self.is_alone:
-            loaded = self.parts.loaded
-            check_layout(loaded.model, recipe, degrees, device, loaded.implementation, loaded.reason)
+        loaded = self.parts.loaded
+        check_layout(loaded.model, recipe, degrees, device, loaded.implementation, loaded.reason)
+        weight_decays({n: p for n, p in loaded.model.named_parameters() if p.requires_grad}, recipe.optim)
+        if self.is_alone:
+            return
+        # In one process they were read already.
+        softcap = loaded.model.config.get("attn_logit_softcapping")
+        check_attention(recipe.model.attention, device, self.parts.compute, softcap)
+        if recipe.model.init is None and loaded.implementation == "native":
+            check_weights(loaded.folder, loaded.model)
+        elif recipe.model.init is None:
+            locate_tensors(loaded.folder)
+        if recipe.lora is not None and recipe.lora.path is not None:
+            check_adapter(recipe.lora.path, loaded.model, recipe.lora)
 
     @contextmanager
     def _ranks(self) -> Iterator[Rank | RankGroup]:
@@ -262,7 +294,12 @@ class SFT:
     @contextmanager
     def _opened_folder(self) -> Iterator[Console]:
         log = self.folder.path / "logs" / "rank-0.log"
-        with self.folder.lock(), Console() as console, logging_to(log, self.recipe.run.log_level, console):
+        with (
+            driving(os.environ),
+            self.folder.lock(),
+            Console() as console,
+            logging_to(log, self.recipe.run.log_level, console),
+        ):
             for notice in (*recover(self.folder.checkpoints), *self.recipe.idle_keys):
                 LOG.warning(notice)
             yield console
@@ -296,6 +333,7 @@ class SFT:
             for line in check_resumable(state["identity"], identity, allow, str(checkpoint)):
                 LOG.warning("changed since the checkpoint: %s", line)
         parts.check_vocabulary()
+        prompts = self._prompts()
         order = parts.corpus.order(recipe.run.seed, recipe.data.shuffle)
         why_first = "data.prepare=first" if recipe.data.prepare == "first" else needs_every_row(recipe, order)
         store = folder.path / "prepared" if recipe.data.cache is None else Path(recipe.data.cache)
@@ -325,7 +363,19 @@ class SFT:
         facts = start_facts(parts, length, layout, trainer)
         console.facts(f"burnish sft: {recipe.run.name or folder.path.name}", facts)
         session = Session(
-            console, facts, feed, prefetch, trainer, layout, length, clock, identity, held_out, prepared, progress
+            console,
+            facts,
+            feed,
+            prefetch,
+            trainer,
+            layout,
+            length,
+            clock,
+            identity,
+            prompts,
+            held_out,
+            prepared,
+            progress,
         )
         if recipe.train.memory_check:
             self._check_memory(session)
@@ -371,21 +421,20 @@ class SFT:
         for tracker in trackers:
             stack.callback(tracker.close)
         held_out, layout = session.feed.held_out(), evaluation_layout(recipe, session.layout)
+        utilisation = parts.utilisation(session.trainer.world_size, session.trainer.device_name())
         return Run(
             folder=folder,
             total_steps=session.length.total_steps,
             epoch_ends=session.length.epoch_ends,
             clock=session.clock,
-            window=StepWindow(
-                session.clock, progress.totals, parts.utilisation(session.trainer.world_size), session.trainer.memory
-            ),
+            window=StepWindow(session.clock, progress.totals, utilisation, session.trainer.memory),
             metrics=metrics,
             trackers=trackers,
             watcher=session.console,
             save_config=recipe.checkpoint,
             evaluate_config=recipe.evaluate,
             held_out_loss=(lambda trainer: evaluate(trainer, held_out, layout)) if held_out else None,
-            answers=(lambda: self._answers(session.trainer)) if recipe.evaluate.prompts else None,
+            answers=(lambda: self._answers(session)) if session.prompts else None,
             export=lambda step: _export(session.trainer, parts, recipe, folder, progress, folder.export(step)),
             identity=session.identity,
             log_every=recipe.run.log_every,
@@ -394,12 +443,15 @@ class SFT:
             saved_step=resumed_step if checkpoint_folder(folder.checkpoints, progress.step).is_dir() else None,
         )
 
-    def _answers(self, trainer: Rank | RankGroup) -> Sequence[tuple[str, str]]:
+    def _prompts(self) -> list[list[int]]:
+        """The ids of evaluate.prompts. Raises UserError where the tokenizer has no way to write one."""
         from burnish.generate import encode  # transformers takes seconds to import
 
+        return [encode(self.parts.tokenizer, prompt) for prompt in self.recipe.evaluate.prompts]
+
+    def _answers(self, session: Session) -> Sequence[tuple[str, str]]:
         asked, tokenizer = self.recipe.evaluate, self.parts.tokenizer
-        prompts = [encode(tokenizer, prompt) for prompt in asked.prompts]
-        ids = trainer.answers(prompts, self.parts.tokenizer_facts, asked.max_new_tokens)
+        ids = session.trainer.answers(session.prompts, self.parts.tokenizer_facts, asked.max_new_tokens)
         return list(zip(asked.prompts, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True))
 
     def _fit(self, session: Session, run: Run) -> int | None:

@@ -111,6 +111,8 @@ def test_the_first_failure_is_shown_and_ends_all(
     for part in parts:
         assert part in str(raised.value)
     assert not await_end(pids)
+    with pytest.raises(ClusterError, match="asked of ranks that have ended"):
+        ranks.start("echo")
     if call[0] == "hang":
         assert "stuck_here" in (tmp_path / "rank-1.log").read_text()
         assert "Thread 0x" in (tmp_path / "rank-0.log").read_text()
@@ -247,17 +249,15 @@ TORCHRUN = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from burnish.cluster.launch import open_ranks, serve_as_peer
+from burnish.cluster.launch import driving, open_ranks
 from burnish.config import ClusterConfig
 from burnish.types import UserError
-status = serve_as_peer(os.environ)
-if status is not None:
-    sys.exit(status)
 try:
-    ranks = open_ranks(ClusterConfig(), "cluster_fakes:Fake", device="cpu", logs=Path(sys.argv[2]))
-    print("total", ranks.call("total", 1.0), "ray" in sys.modules, flush=True)
-    ranks.call(*sys.argv[3:4], *[int(a) for a in sys.argv[4:]], "other")
-    ranks.close()
+    with driving(os.environ):
+        ranks = open_ranks(ClusterConfig(), "cluster_fakes:Fake", device="cpu", logs=Path(sys.argv[2]))
+        print("total", ranks.call("total", 1.0), "ray" in sys.modules, flush=True)
+        ranks.call(*sys.argv[3:4], *[int(a) for a in sys.argv[4:]], "other")
+        ranks.close()
 except UserError as error:
     print(f"error: {error}", flush=True)
     sys.exit(1)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from burnish.cluster.peers import PeerRanks, environment_world, serve
-from burnish.cluster.ranks import LocalRanks, LostRanks, Ranks
-from burnish.config import ClusterConfig
+from burnish.cluster.peers import PeerRanks, check_keys, environment_world, leading, serve
+from burnish.cluster.ranks import LocalRanks, LostRanks, Ranks, counted
+from burnish.config import ClusterConfig, RecipeError
 
 LOG = logging.getLogger(__name__)
 
@@ -71,11 +73,50 @@ def known_world(config: ClusterConfig, device: str) -> int | None:
     return torch.cuda.device_count()
 
 
-def serve_as_peer(environment: Mapping[str, str]) -> int | None:
-    """In a process that torchrun or Slurm started as another rank than 0: serve rank 0's calls until it ends, and
-    return the exit status. None in every other process, which is the driver."""
+def joined_device(config: ClusterConfig, asked: str) -> str | None:
+    """cpu or cuda: what the ranks of a cluster that is joined are to have, by run.device, `asked`, and its hosts. None
+    where no cluster is joined, so that this host says it. Raises ClusterError where no cluster answers."""
+    if config.address is None or environment_world(os.environ) is not None:
+        return None
+    from burnish.cluster.placement import num_gpus
+
+    found = num_gpus(config.address)
+    if asked != "auto":
+        return asked
+    return "cuda" if found else "cpu"
+
+
+def check_devices(config: ClusterConfig, device: str) -> None:
+    """Raises RecipeError for processes and devices that cannot be had, as far as that is known without a look at other
+    hosts."""
+    world = environment_world(os.environ)
+    if world is not None:
+        check_keys(config, world)
+    elif config.address is None and device == "cuda":
+        import torch
+
+        count, highest = torch.cuda.device_count(), max(config.device_mapping or (0,))
+        if highest >= count:
+            raise RecipeError(
+                f"cluster.device_mapping names device {highest}, and this host shows {counted(count, 'CUDA device')}, "
+                "numbered from 0; name some of those"
+            )
+        if config.devices_per_node != "auto" and config.devices_per_node > count:
+            raise RecipeError(
+                f"cluster.devices_per_node={config.devices_per_node}: this host shows {counted(count, 'CUDA device')}, "
+                f"and with cluster.address=null no other joins; set it to {count} at most"
+            )
+
+
+@contextlib.contextmanager
+def driving(environment: Mapping[str, str]) -> Iterator[None]:
+    """Around all that the driver of a run does. In a process that torchrun or Slurm started as another rank than 0,
+    which is no driver, it serves rank 0 instead, and the process ends with that."""
     world = environment_world(environment)
-    return None if world is None or world.rank == 0 else serve(world)
+    if world is not None and world.rank > 0:
+        sys.exit(serve(world))
+    with leading(environment):
+        yield
 
 
 def with_restarts(run_once: Callable[[int], T], max_restarts: int) -> T:

@@ -87,13 +87,13 @@ class Lifelines:
                 message = connection.recv()
                 if message[0] == "hello":
                     rank = int(message[1])
+                self._on_message(message[1], message)
                 with self._changed:
                     if message[0] == "hello":
                         self._lines[message[1]], self._locks[message[1]] = connection, threading.Lock()
                     elif message[0] == "stacks":
                         self._replies[message[1]] = message[2]
                     self._changed.notify_all()
-                self._on_message(message[1], message)
         except (EOFError, OSError, AuthenticationError):
             with self._changed:
                 if rank is not None and not self._closed:

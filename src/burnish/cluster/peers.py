@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
@@ -42,9 +43,10 @@ GATHER = 3.0
 FAREWELL = 10.0
 """Seconds that the driver has, after a failure, to say it and end; a peer that ended first would be torchrun's news."""
 LEAVE = 25.0
-"""Seconds that other processes have to read that there is nothing to do for them, before a driver ends."""
+"""Seconds that other processes have to come, before a driver ends that has nothing for them to do."""
+ARRIVAL = 600.0
+"""Seconds that other processes wait for a driver to begin."""
 DRIVER_KEY = "driver"
-REFUSED = "refused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,43 +93,96 @@ def first_host(nodes: str) -> str:
     return found[1] + (found[2] or "") + (found[3] or "")
 
 
-def _store(world: World, seconds: float) -> Any:
+def _store(world: World) -> Any:
     """The store by which the processes meet: torchrun's own, or one that rank 0 holds."""
-    from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
+    from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-    os.environ |= {
-        "RANK": str(world.rank),
-        "WORLD_SIZE": str(world.size),
-        "MASTER_ADDR": world.master,
-        "MASTER_PORT": str(world.port),
-    }
-    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
-    return PrefixStore("peers", store)
+    is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = TCPStore(
+        world.master,
+        world.port,
+        world.size,
+        is_master=world.rank == 0 and not is_launchers,
+        timeout=timedelta(seconds=ARRIVAL),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    return PrefixStore(f"peers {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-_opened = threading.Event()
-"""Whether this process, as the driver, has told the others where it is."""
+def _unmet(world: World, error: RuntimeError) -> ClusterError:
+    where = f"{world.master}:{world.port}"
+    why = (
+        f"cannot listen at {where}"
+        if world.rank == 0
+        else f"found no rank 0 at {where} within {ARRIVAL:g} s, which is not there or has not begun"
+    )
+    return ClusterError(
+        f"rank {world.rank} of {world.size} {why} ({str(error).splitlines()[0]}); MASTER_ADDR must be the host of rank "
+        "0, and MASTER_PORT free there"
+    )
+
+
+class Gathering:
+    """The other processes as rank 0 sees them, from when it begins: each is connected to it, and so ends with it."""
+
+    def __init__(self, world: World) -> None:
+        self.hosts: dict[int, tuple[str, int, Any]] = {}
+        """Address, pid and listener of each that is here."""
+        self.on_answer: Callable[[int, int, bytes], None] = lambda rank, number, answer: None
+        self.is_led = False
+        """Whether somebody has taken it upon himself to end the processes."""
+        self._others = world.size - 1
+        try:
+            self.lines = Lifelines(socket.gethostbyname(world.master), secrets.token_bytes(32), self._on_message)
+            self.store = _store(world)
+        except RuntimeError as error:
+            raise _unmet(world, error) from None
+        place = {"address": self.lines.address, "key": self.lines.key.hex()}
+        self.store.set(DRIVER_KEY, json.dumps(place))
+
+    def _on_message(self, rank: int, message: tuple[Any, ...]) -> None:
+        if message[0] == "hello":
+            self.hosts[rank] = message[2], message[3], message[4]
+        elif message[0] == "answer":
+            self.on_answer(rank, message[2], message[3])
+
+    def wait(self, seconds: float) -> list[int]:
+        """The ranks that are not here after so long; less, if one is lost meanwhile."""
+        self.lines.wait_for(self._others, seconds)
+        return sorted(set(range(1, self._others + 1)) - self.hosts.keys())
+
+    def dismiss(self, is_refused: bool) -> None:
+        """End those processes, which no ranks were made of."""
+        if not self.is_led:
+            self.is_led = True
+            self.wait(LEAVE)
+            for rank in list(self.hosts) if is_refused else ():
+                self.lines.send(rank, "refused")
+            self.lines.end(0)
+            self.lines.close()
+
+
+@functools.cache
+def gathering(world: World) -> Gathering:
+    """The one of this process, rank 0; opened when it is first asked for."""
+    return Gathering(world)
 
 
 @contextlib.contextmanager
 def leading(environment: Mapping[str, str]) -> Iterator[None]:
-    """Around all that the driver does: where it ends without having opened ranks, because it was refused or there was
-    nothing to train, the other processes end too."""
+    """Around all that the driver does: the other processes end with it, and also where it ends without having opened
+    ranks, because it was refused or there was nothing to train."""
     world = environment_world(environment)
     if world is None:
         yield
         return
-    why = REFUSED
+    others, is_refused = gathering(world), True
     try:
         yield
-        why = ""
+        is_refused = False
     finally:
-        if not _opened.is_set():
-            with contextlib.suppress(RuntimeError):  # the others, or their store, are gone by themselves
-                store = _store(world, LEAVE)
-                store.set(DRIVER_KEY, why)
-                store.wait([f"left {rank}" for rank in range(1, world.size)], timedelta(seconds=LEAVE))
+        others.dismiss(is_refused)
 
 
 class PeerRanks:
@@ -145,23 +200,26 @@ class PeerRanks:
         log_level: str = "info",
         meet: bool = True,
     ) -> None:
-        _check(config, world)
+        check_keys(config, world)
+        others = gathering(world)
+        if others.is_led:
+            raise ClusterError(
+                "the other processes that torchrun or Slurm started have ended with this one's first run; start the "
+                "launcher once for each run"
+            )
+        others.is_led = True
+        others.on_answer = lambda rank, number, answer: self._keep(rank, number, pickle.loads(answer))
         self._config = config
         self.world_size = world.size
         self._answers: dict[tuple[int, int], Any] = {}
         self._changed = threading.Condition()
-        self._hosts: dict[int, tuple[str, int, Any]] = {}
+        self._hosts, self._lines = others.hosts, others.lines
         self._number = 0
         self._last_answer = time.monotonic()
         self._over = threading.Lock()
-        self._lines = Lifelines(socket.gethostbyname(world.master), secrets.token_bytes(32), self._on_message)
         try:
-            store = _store(world, config.wait)
-            place = {"address": self._lines.address, "key": self._lines.key.hex()}
-            store.set(DRIVER_KEY, json.dumps(place))
-            _opened.set()
-            if not self._lines.wait_for(world.size - 1, config.wait):
-                missing = sorted(set(range(1, world.size)) - self._hosts.keys())
+            missing = others.wait(config.wait)
+            if missing:
                 raise ClusterError(f"ranks {missing} did not come up within cluster.wait={config.wait:g} s")
             phase(f"ranks up: {world.size}")
             self._setting = Setting(
@@ -174,7 +232,7 @@ class PeerRanks:
                 import_path=tuple(os.path.abspath(entry) for entry in sys.path),
             )
             own = replace(self._setting, logs=None, place=_device(self._setting.place, world.local_rank))
-            self._seat = _Seated(store, lambda number, answer: self._store_answer(0, number, answer))
+            self._seat = _Seated(others.store, lambda number, answer: self._keep(0, number, answer))
             table = {rank: host[2] for rank, host in self._hosts.items()}
             self._send_to_all("sit", (self._setting, table), (own, table))
             if meet:
@@ -200,6 +258,8 @@ class PeerRanks:
         return self.start(method, *args, by_rank=by_rank).result()
 
     def start(self, method: str, *args: Any, by_rank: Sequence[Any] | None = None) -> PeerCall:
+        if self._over.locked():
+            raise ClusterError(f"{method} was asked of ranks that have ended")
         number, common = self._next(), pickle.dumps((method, args), protocol=5)
         values, indices = shared_values([None] * self.world_size if by_rank is None else by_rank)
         with_value = by_rank is not None
@@ -215,16 +275,10 @@ class PeerRanks:
         self._seat.take(number, "call", (method, args), (by_rank[0],) if by_rank is not None else None)
         return PeerCall(self, number, method)
 
-    def _store_answer(self, rank: int, number: int, answer: Any) -> None:
+    def _keep(self, rank: int, number: int, answer: Any) -> None:
         with self._changed:
             self._answers[rank, number] = answer
             self._changed.notify_all()
-
-    def _on_message(self, rank: int, message: tuple[Any, ...]) -> None:
-        if message[0] == "hello":
-            self._hosts[rank] = message[2], message[3], message[4]
-        elif message[0] == "answer":
-            self._store_answer(rank, message[2], pickle.loads(message[3]))
 
     def _wait(self, number: int, method: str) -> list[Any]:
         """The answers to call `number`. Raises, and ends all, where ranks failed, are lost or do not answer."""
@@ -271,6 +325,8 @@ class PeerRanks:
         raise hang(method, self._config.timeout, waited_for, places, self.world_size, self._setting.logs)
 
     def close(self) -> None:
+        if not self._over.locked():
+            self._send_to_all("leave", ())  # this process may have more to do, alone
         if self._over.acquire(blocking=False):
             self._lines.end(0)
             self._lines.close()
@@ -295,7 +351,7 @@ class PeerCall:
         return self.ranks._wait(self.number, self.method)
 
 
-def _check(config: ClusterConfig, world: World) -> None:
+def check_keys(config: ClusterConfig, world: World) -> None:
     """Raises RecipeError for keys that are about Ray, which here has no say."""
     default = ClusterConfig()
     for name in ("address", "num_nodes", "devices_per_node", "device_mapping", "max_restarts"):
@@ -310,8 +366,13 @@ def _check(config: ClusterConfig, world: World) -> None:
 
 
 def _device(place: Place, local_rank: int) -> Place:
-    device = f"cuda:{local_rank}" if place.device == "cuda" else place.device
-    return replace(place, local_rank=local_rank, device=device)
+    """`place` in this process, whose launcher shows it all devices of the host, or its own alone."""
+    if place.device != "cuda":
+        return replace(place, local_rank=local_rank)
+    import torch
+
+    number = 0 if torch.cuda.device_count() == 1 else local_rank
+    return replace(place, local_rank=local_rank, device=f"cuda:{number}")
 
 
 class _Seated:
@@ -346,31 +407,35 @@ def carry_out(
     try:
         if step == "sit":
             seat.sit(args[0])
-        else:
+        elif step == "meet":
             seat.join(store)
+        else:
+            seat.leave()
     except Exception as error:
         return False, Failure.of(error, seat.place, step)
     return True, None
 
 
 def serve(world: World) -> int:
-    """Serve rank 0's calls until it says that all is done, which ends this process with status 0; when it is gone, with
-    status 1. Returns 0 where it needs no ranks."""
+    """Serve rank 0's calls until it says that all is done, or needs no ranks, which ends this process with status 0;
+    when it is gone, with status 1."""
+    sys.stdout.flush()  # which the end of this process does not do
     numbers = (signal.SIGINT, signal.SIGTERM)
     for number in numbers:
         signal.signal(number, signal.SIG_DFL)  # without waiting for the store's answer
-    store = _store(world, 24 * 3600)
-    told = store.get(DRIVER_KEY).decode()
-    if told in ("", REFUSED):
-        if told:
-            print(f"burnish: rank {world.rank} ends, as rank 0 did before it had ranks; it says why", file=sys.stderr)
-        store.set(f"left {world.rank}", "")  # rank 0 may hold the store, and waits until all have read it
-        return 0
+    try:
+        store = _store(world)
+        driver = json.loads(store.get(DRIVER_KEY))
+    except RuntimeError as error:
+        raise _unmet(world, error) from None
     for number in numbers:
         signal.signal(number, signal.SIG_IGN)  # sent to every process, but rank 0 decides: it finishes the step
-    driver = json.loads(told)
-    address, key = tuple(driver["address"]), bytes.fromhex(driver["key"])
-    _Peer(world, store, address, key).serve()
+    try:
+        peer = _Peer(world, store, tuple(driver["address"]), bytes.fromhex(driver["key"]))
+    except OSError:
+        LOG.error("the driver is gone: ending")
+        return 1
+    peer.serve()
     return 1
 
 
@@ -409,6 +474,10 @@ class _Peer:
     def _on_message(self, message: tuple[Any, ...]) -> None:
         if message[0] == "stacks":
             self._line.tell("stacks", self._world.rank, self._seat.stacks())
+            return
+        if message[0] == "refused":
+            rank = self._world.rank
+            print(f"burnish: rank {rank} ends, as rank 0 did before it had ranks; it says why", file=sys.stderr)
             return
         _, number, _, _, value, followers = message
         self._calls.put(message)

@@ -32,6 +32,9 @@ if "ray" not in sys.modules:
 
 LOG = logging.getLogger(__name__)
 
+ANSWER = 10.0
+"""Seconds in which a cluster must answer that is joined."""
+
 
 @dataclass(frozen=True, slots=True)
 class Host:
@@ -72,10 +75,7 @@ def connected(config: ClusterConfig, device: str) -> Iterator[None]:
                 with _apart_from_signals():
                     ray.init(address=config.address, namespace=namespace, **quiet)
             except (ConnectionError, RuntimeError, ValueError) as error:
-                raise ClusterError(
-                    f"cluster.address={config.address}: no Ray cluster answers there "
-                    f"({str(error).strip().splitlines()[0]}); start one with `ray start --head`, or set it to null"
-                ) from None
+                raise _no_cluster(config.address, error) from None
         else:
             devices = local_devices(config, device)
             stack.enter_context(janitor(folder[0]))
@@ -102,6 +102,42 @@ def connected(config: ClusterConfig, device: str) -> Iterator[None]:
         stack.close()
         if folder is not None:
             folder[1].close()
+
+
+def num_gpus(address: str) -> int:
+    """How many CUDA devices the Ray cluster at `address` has, which is not joined for that. Raises ClusterError where
+    none answers within some seconds: Ray itself would try for minutes."""
+    from ray._private import services
+    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
+    from ray.exceptions import RayError
+
+    try:
+        found = services.canonicalize_bootstrap_address_or_die(address)
+        await_port(found, ANSWER)
+        nodes = GcsClient(address=found).get_all_node_info(timeout=ANSWER)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise _no_cluster(address, error) from None
+    return sum(int(node.resources_total.get("GPU", 0)) for node in nodes.values() if node.state == node.ALIVE)
+
+
+def await_port(address: str, seconds: float) -> None:
+    """Wait until something listens at HOST:PORT. Raises OSError where nothing does after so long."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+def _no_cluster(address: str | None, error: Exception) -> ClusterError:
+    return ClusterError(
+        f"cluster.address={address}: no Ray cluster answers there ({str(error).strip().splitlines()[0]}); start one "
+        "with `ray start --head`, or set it to null"
+    )
 
 
 @contextlib.contextmanager
@@ -144,20 +180,18 @@ def _own_folder() -> tuple[Path, Any]:
 
 
 def local_devices(config: ClusterConfig, device: str) -> int:
-    """How many ranks a Ray of our own must hold."""
-    if config.device_mapping is not None:
-        return len(config.device_mapping)
+    """How many devices a Ray of our own must hold; on a CPU, as many processes."""
     if config.devices_per_node != "auto":
         return config.devices_per_node
     if device == "cpu":
-        return 1
+        return max(config.device_mapping or (0,)) + 1
     import torch
 
     return torch.cuda.device_count()
 
 
 def hosts_of(resource: str) -> list[Host]:
-    """The hosts that are up and have any of `resource`, in order."""
+    """The hosts that are up, in order, with how many of `resource` each has."""
     import ray
 
     hosts = [
@@ -172,7 +206,7 @@ def hosts_of(resource: str) -> list[Host]:
         for node in ray.nodes()
         if node["Alive"]
     ]
-    return sorted((host for host in hosts if host.devices and _answers(host)), key=lambda host: host.order)
+    return sorted((host for host in hosts if _answers(host)), key=lambda host: host.order)
 
 
 def _answers(host: Host) -> bool:
@@ -197,7 +231,7 @@ def await_hosts(
     said = -float("inf")
     while True:
         hosts = hosts_of(resource)
-        per_host = _devices_per_node(config, hosts, resource)
+        per_host = _devices_per_node(config, [host for host in hosts if host.devices], resource)
         able = [host for host in hosts if host.devices >= per_host]
         if len(able) >= config.num_nodes:
             return able, per_host
@@ -211,13 +245,21 @@ def await_hosts(
         if now >= deadline:
             raise ClusterError(
                 f"cluster.num_nodes={config.num_nodes}: {len(able)} hosts with {per_host} {resource}s are up after "
-                f"cluster.wait={config.wait:g} s; start Ray on the others (ray start --address=HOST:PORT), or lower "
-                "cluster.num_nodes or cluster.devices_per_node"
+                f"cluster.wait={config.wait:g} s{_too_small(hosts, per_host, resource)}; start Ray on others (`ray "
+                "start --address=HOST:PORT`), or lower cluster.num_nodes or cluster.devices_per_node"
             )
         if now - said >= 10:
-            said = now
-            LOG.info("waiting for hosts: %d of %d are up, %.0f s left", len(able), config.num_nodes, deadline - now)
+            said, small = now, _too_small(hosts, per_host, resource)
+            LOG.info(
+                "waiting for hosts: %d of %d are up, %.0f s left%s", len(able), config.num_nodes, deadline - now, small
+            )
         time.sleep(0.5)
+
+
+def _too_small(hosts: Sequence[Host], per_host: int, resource: str) -> str:
+    """Says which hosts are up that have not enough."""
+    few = [f"{host.ip} has {host.devices}" for host in hosts if host.devices < per_host]
+    return f" (too few of the {per_host} {resource}s asked for: {', '.join(few)})" if few else ""
 
 
 def _devices_per_node(config: ClusterConfig, hosts: Sequence[Host], resource: str) -> int:
@@ -268,7 +310,7 @@ def place_actors(
             runtime_env={"env_vars": environment} if environment else None,
         ).remote()
 
-    chosen: list[tuple[Any, str | None]] = []
+    chosen: list[tuple[Any, int | None]] = []
     if config.device_mapping is None:
         num_nodes = min(config.num_nodes, len(hosts))
         bundle: dict[str, float] = {"CPU": per_host, **({"GPU": per_host} if on_gpu else {})}
@@ -303,9 +345,9 @@ def place_actors(
         environment["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
         for host, local in places:
             strategy = NodeAffinitySchedulingStrategy(hosts[host].id, soft=False)
-            chosen.append((strategy, str(local) if on_gpu else None))
+            chosen.append((strategy, local if on_gpu else None))
     actors = [start(strategy) for strategy, _ in chosen]
-    refs = [actor.identify.remote(devices) for actor, (_, devices) in zip(actors, chosen, strict=True)]
+    refs = [actor.identify.remote(device) for actor, (_, device) in zip(actors, chosen, strict=True)]
     while len(up := ray.wait(refs, num_returns=len(refs), timeout=10)[0]) < len(refs):
         LOG.info("waiting for ranks: %d of %d are up", len(up), len(refs))
         if time.monotonic() > deadline:
@@ -358,6 +400,16 @@ def _got(refs: Sequence[Any]) -> list[Any]:
         return ray.get(refs)
     except exceptions.RayError as error:
         raise LostRanks(f"a rank's process did not come up: {error}") from None
+
+
+def shown_as(device: int, shown: Sequence[str] | None) -> str:
+    """The name in CUDA_VISIBLE_DEVICES of the device number `device` of a host that shows `shown`, or all for None."""
+    return str(device) if shown is None else shown[device]
+
+
+def number_of(name: str, shown: Sequence[str] | None) -> int:
+    """Which device of a host that shows `shown`, or all for None, goes by `name` in CUDA_VISIBLE_DEVICES."""
+    return int(name) if shown is None else list(shown).index(name)
 
 
 def rank_order(places: Sequence[tuple[Any, int]]) -> list[int]:

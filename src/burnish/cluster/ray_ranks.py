@@ -23,7 +23,7 @@ from typing import Any
 
 from burnish.cluster.lifeline import Lifeline, Lifelines
 from burnish.cluster.phases import phase
-from burnish.cluster.placement import await_hosts, connected, place_actors
+from burnish.cluster.placement import await_hosts, connected, number_of, place_actors, shown_as
 from burnish.cluster.ranks import ClusterError, Failure, Place, counted, first, hang, raise_failure, shared_values
 from burnish.cluster.seat import Seat, Setting, show
 from burnish.config import ClusterConfig
@@ -135,6 +135,9 @@ class RayRanks:
         return self.start(method, *args, by_rank=by_rank).result()
 
     def start(self, method: str, *args: Any, by_rank: Sequence[Any] | None = None) -> RayCall:
+        if self._over.locked():
+            self.kill()  # waits for whoever ends them
+            raise ClusterError(f"{method} was asked of ranks that have ended")
         import ray
 
         common = ray.put(args) if args else ()
@@ -284,14 +287,20 @@ class RayCall:
 class Actor(Seat):
     """A rank's process, as Ray starts it."""
 
-    def identify(self, devices: str | None) -> tuple[str, int]:
-        """Ray's node and the device here. `devices` is what CUDA is to see, where Ray has not chosen."""
+    def identify(self, device: int | None) -> tuple[str, int]:
+        """Ray's node and the number of the device, among those that its host shows; 0 on a CPU. `device` is the one to
+        take, where Ray has not chosen."""
         import ray
+        from ray._private.worker import global_worker
 
-        if devices is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = devices
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
-        return ray.get_runtime_context().get_node_id(), int(visible) if visible.isdecimal() else 0
+        shown = global_worker.original_visible_accelerator_ids.get("GPU")
+        context = ray.get_runtime_context()
+        given = context.get_accelerator_ids()["GPU"]
+        if device is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = shown_as(device, shown)
+        elif given:
+            device = number_of(given[0], shown)
+        return context.get_node_id(), device or 0
 
     def sit(self, setting: Setting, address: tuple[str, int], key: bytes) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         _die_with_parent()

@@ -158,6 +158,14 @@ class Seat:
         )
         phase("joined the process group")
 
+    def leave(self) -> None:
+        """Give back the object and the process group, for what this process does next."""
+        import torch.distributed as dist
+
+        self._object = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     def build(self, target: str, args: tuple[Any, ...]) -> Failure | None:
         """Make the object `target(place, *args)`, module:Class; what went wrong, else None."""
         done, result = self._guarded("start", lambda: resolve_name(target)(self.place, *args))

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from burnish.cluster.launch import is_local, open_ranks, serve_as_peer, with_restarts
+from burnish.cluster.launch import check_devices, driving, is_local, joined_device, open_ranks, with_restarts
 from burnish.cluster.numa import local_cores, parse_cores
-from burnish.cluster.peers import World, environment_world, first_host
-from burnish.cluster.placement import rank_order
+from burnish.cluster.peers import World, _device, environment_world, first_host
+from burnish.cluster.placement import Host, await_hosts, local_devices, number_of, rank_order, shown_as
 from burnish.cluster.ranks import (
     ClusterError,
     Failure,
     LocalRanks,
     LostRanks,
+    Place,
     first,
     hang,
     raise_failure,
     shared_values,
 )
+from burnish.components import DriverComponents
 from burnish.config import ClusterConfig, RecipeError
 from burnish.recipe import recipe_from_dict
 from burnish.types import UserError
@@ -87,6 +92,102 @@ def test_ranks_follow_hosts_and_devices_whatever_comes_up_first() -> None:
     assert rank_order([(b, 1), (a, 1), (b, 0), (a, 0)]) == [3, 1, 2, 0]
 
 
+@pytest.mark.parametrize("address", ["foo", "local", "10.0.0.1", ":6379", "head:port"])
+def test_an_address_that_is_none_is_refused(address: str) -> None:
+    with pytest.raises(RecipeError, match=f"cluster.address={address} .*set it to auto or HOST:PORT"):
+        cluster(address=address)
+
+
+@pytest.mark.parametrize("address", ["auto", "10.0.0.1:6379", "head:6379", "[::1]:6379"])
+def test_addresses(address: str) -> None:
+    assert cluster(address=address).address == address
+
+
+def test_a_cluster_that_does_not_answer_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("burnish.cluster.placement.ANSWER", 0.1)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        for asked in ("auto", "cpu", "cuda"):
+            with pytest.raises(ClusterError, match=rf"cluster.address={address}: no Ray .* \(.*refused\); start one"):
+                joined_device(cluster(address=address), asked)
+
+
+def test_what_ranks_have_is_said_by_the_hosts_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined, count = cluster(address="auto"), 8
+    monkeypatch.setattr("burnish.cluster.placement.num_gpus", lambda address: count)
+    assert [joined_device(joined, asked) for asked in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
+    count = 0
+    assert [joined_device(joined, asked) for asked in ("auto", "cpu", "cuda")] == ["cpu", "cpu", "cuda"]
+    assert joined_device(cluster(), "auto") is None
+    recipe = recipe_from_dict(
+        {"model": {"path": "m"}, "data": {"train": ["rows.jsonl"]}, "cluster": {"address": "auto"}}
+    )
+    driver = DriverComponents(recipe, Path("runs/a"), find_device=lambda: "cuda")
+    assert driver.device == torch.device("cuda")  # whatever this host has
+
+
+@pytest.mark.parametrize(
+    ("keys", "number"),
+    [
+        ({}, 1),
+        ({"devices_per_node": 3}, 3),
+        ({"device_mapping": [0, 3]}, 4),
+        ({"device_mapping": "list(range(4, 8))"}, 8),
+        ({"device_mapping": [0, 3], "devices_per_node": 6}, 6),
+    ],
+)
+def test_a_ray_of_our_own_has_a_process_for_every_device_that_is_counted(keys: dict[str, Any], number: int) -> None:
+    assert local_devices(cluster(**keys), "cpu") == number
+
+
+def test_devices_that_this_host_does_not_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    for keys in ({}, {"devices_per_node": 8}, {"device_mapping": [7, 0]}, {"address": "auto", "devices_per_node": 16}):
+        check_devices(cluster(**keys), "cuda")
+    with pytest.raises(RecipeError, match=r"cluster.devices_per_node=16: this host shows 8 CUDA .* set it to 8"):
+        check_devices(cluster(devices_per_node=16), "cuda")
+    with pytest.raises(RecipeError, match=r"cluster.device_mapping names device 8, .* 8 CUDA devices, numbered from 0"):
+        check_devices(cluster(device_mapping=[0, 8]), "cuda")
+    check_devices(cluster(devices_per_node=16), "cpu")
+
+
+def host(number: int, devices: int) -> Host:
+    return Host((10, 0, 0, number), "", 1, str(number), f"10.0.0.{number}", devices)
+
+
+def test_hosts_that_have_too_few_devices_are_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hosts = [host(1, 0), host(2, 8), host(3, 4)]
+    monkeypatch.setattr("burnish.cluster.placement.hosts_of", lambda resource: hosts)
+    two = cluster(address="auto", num_nodes=2, devices_per_node=8, wait=0.1)
+    with caplog.at_level("INFO", "burnish"), pytest.raises(ClusterError) as raised:
+        await_hosts(two, "GPU", None, time.monotonic() + 0.1)
+    assert "1 hosts with 8 GPUs are up" in str(raised.value)
+    few = "(too few of the 8 GPUs asked for: 10.0.0.1 has 0, 10.0.0.3 has 4)"
+    assert few in str(raised.value)
+    assert "waiting for hosts: 1 of 2 are up" in caplog.text
+    assert few in caplog.text
+    hosts = hosts[:2]  # of which one has none, and does not count where each gives what it has
+    assert await_hosts(cluster(address="auto"), "GPU", None, time.monotonic()) == ([host(2, 8)], 8)
+
+
+def test_devices_are_numbered_among_those_that_a_host_shows() -> None:
+    cases = [(None, ["0", "1"]), (["4", "5"], ["4", "5"]), (["GPU-a8", "GPU-b3"], ["GPU-a8", "GPU-b3"])]
+    for shown, names in cases:
+        assert [shown_as(number, shown) for number in range(2)] == names
+        assert [number_of(name, shown) for name in names] == [0, 1]
+
+
+def test_a_process_that_is_shown_its_own_device_alone_takes_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(5, 8, 0, "host", "cuda")
+    for count, device in ((8, "cuda:3"), (1, "cuda:0")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert _device(place, 3) == Place(5, 8, 3, "host", device)
+    assert _device(Place(5, 8, 0, "host", "cpu"), 3).device == "cpu"
+
+
 def test_world_of_one_is_local() -> None:
     assert is_local(ClusterConfig(), "cpu")
     assert not is_local(ClusterConfig(devices_per_node=2), "cpu")
@@ -118,7 +219,8 @@ def test_worlds_of_environments() -> None:
     assert environment_world({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}) is None
     # A batch script without srun is one process, whatever number of tasks the job has.
     assert environment_world({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "a"}) is None
-    assert serve_as_peer({}) is None
+    with driving({}):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -155,8 +257,6 @@ def test_what_the_user_sees_of_a_failure() -> None:
     for part in ("rank 3", "host", "pid 7", "step", "ValueError: x", "Traceback: here", "logs/rank-3.log"):
         assert part in str(raised.value)
     from cluster_fakes import Mended
-
-    from burnish.cluster.ranks import Place
 
     with pytest.raises(Mended, match=r"^set a.b to 1$"):
         raise_failure(Failure.of(Mended("set a.b to 1"), Place(1, 2, 1, "host", "cpu"), "step"))

@@ -28,14 +28,10 @@ def _process(rank: int, world: int, port: int, drive: Callable[..., Any], folder
         "MASTER_PORT": str(port),
     }
     sys.path.insert(0, str(Path(__file__).parent))
-    from burnish.cluster.launch import serve_as_peer
-    from burnish.cluster.peers import leading
+    from burnish.cluster.launch import driving
 
-    status = serve_as_peer(os.environ)
-    if status is not None:
-        os._exit(status)
     try:
-        with leading(os.environ):
+        with driving(os.environ):
             result = drive(Path(folder))
         results.send((None, result))
     except Exception as error:
@@ -153,6 +149,38 @@ def test_peers_end_with_a_driver_that_is_killed(tmp_path: Path) -> None:
     error, _, statuses = run_peers(2, _is_killed, tmp_path)
     assert error == "the driver died"
     assert statuses == [-signal.SIGKILL, 1]
+
+
+def _is_killed_before_it_has_ranks(folder: Path) -> None:
+    from burnish.cluster.peers import environment_world, gathering
+
+    world = environment_world(os.environ)
+    assert world is not None
+    assert gathering(world).wait(60) == []
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_peers_end_with_a_driver_that_is_killed_while_they_wait(tmp_path: Path) -> None:
+    error, _, statuses = run_peers(2, _is_killed_before_it_has_ranks, tmp_path)
+    assert error == "the driver died"
+    assert statuses == [-signal.SIGKILL, 1]
+
+
+def _runs_twice(folder: Path) -> bool:
+    import torch.distributed as dist
+
+    _open(folder).close()
+    assert not dist.is_initialized()  # what follows in this process has no peers
+    _open(folder)
+    return True
+
+
+def test_the_others_are_there_for_one_run(tmp_path: Path) -> None:
+    error, _, statuses = run_peers(2, _runs_twice, tmp_path)
+    assert error is not None
+    assert error.startswith("ClusterError: the other processes")
+    assert "start the launcher once for each run" in error
+    assert statuses == [1, 0]
 
 
 def _has_nothing_to_do(folder: Path) -> str:
