@@ -246,3 +246,10 @@ def test_compiled_blocks_learn_the_same(train: Train) -> None:
     plain = train("run.dir=runs/plain").summary
     compiled = train("run.dir=runs/compiled", "train.compile=true").summary
     assert compiled["final_eval_loss"] == pytest.approx(plain["final_eval_loss"], rel=1e-4)
+
+
+def test_keys_that_do_nothing_are_warned_of(train: Train) -> None:
+    log = train("parallel.cp_kind=all_to_all", "parallel.sequence_parallel=true").run_folder / "logs" / "rank-0.log"
+    text = log.read_text()
+    assert text.count("parallel.cp_kind=all_to_all has no effect with parallel.cp=1; remove it or set parallel.cp") == 1
+    assert text.count("parallel.sequence_parallel=true has no effect with parallel.tp=1") == 1

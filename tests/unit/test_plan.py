@@ -253,6 +253,13 @@ def test_what_cannot_be_planned_is_said_before_anything_is_printed(
     assert message in err
 
 
+def test_keys_that_do_nothing_are_told_beside_the_plan(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(recipe_file), *STATED, "parallel.pp_schedule=gpipe", "--json", "-"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)
+    assert "warning: parallel.pp_schedule=gpipe has no effect with parallel.pp=1; " in said.err
+
+
 def test_missing_rows_are_said_with_a_way_without(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(recipe_file)]) != 0
     out, err = capsys.readouterr()
