@@ -39,15 +39,13 @@ from burnish.evaluate import evaluate
 from burnish.export import Card, SavedWeights, write_export
 from burnish.length import RunLength, needs_every_row, run_length
 from burnish.loop import fit
-from burnish.model.attention import check_attention
-from burnish.model.hf_io import check_weights, locate_tensors
-from burnish.model.lora import check_adapter, settings_of
+from burnish.model.lora import settings_of
 from burnish.model.vocabulary import stop_ids
 from burnish.model.zoo import locate
 from burnish.observe.console import Console, logging_to
 from burnish.observe.environment import versions
 from burnish.observe.metrics import MetricsWriter, StepWindow, Stopwatch, cut
-from burnish.observe.trackers import check_trackers, open_trackers
+from burnish.observe.trackers import open_trackers
 from burnish.outcome import (
     dropped_warnings,
     result_facts,
@@ -74,7 +72,7 @@ from burnish.train.checkpoint import (
     recover,
     verify_checkpoint,
 )
-from burnish.train.optim import DTYPES, weight_decays
+from burnish.train.optim import DTYPES
 from burnish.types import Sample, StepInput, UserError
 
 LOG = logging.getLogger(__name__)
@@ -104,8 +102,6 @@ class Session:
     length: RunLength
     clock: Stopwatch
     identity: dict[str, Any]
-    prompts: list[list[int]]
-    """The ids of evaluate.prompts."""
     held_out: list[Preparation]
     prepared: list[Preparation] | None
     """Of the training rows, where all were prepared first."""
@@ -232,30 +228,18 @@ class SFT:
         return rank
 
     def _check_layout(self) -> None:
-        """Raises UserError where the recipe does not suit the ranks, as far as they are known, or the model, where its
-        devices cannot be had, and where what it names is not there or does not fit.
+        """Raises RecipeError where the recipe's layout does not suit the ranks, as far as they are known, or the model,
+        and where its devices cannot be had.
 
         Ranks ask again how many they are.
         """
         recipe, parallel, device = self.recipe, self.recipe.parallel, self.parts.device.type
-        check_trackers(recipe.run.trackers)
         check_devices(recipe.cluster, device)
         world = known_world(recipe.cluster, device)
         degrees = Degrees.least(parallel) if world is None else Degrees.of(parallel, world)
-        loaded = self.parts.loaded
-        check_layout(loaded.model, recipe, degrees, device, loaded.implementation, loaded.reason)
-        weight_decays({n: p for n, p in loaded.model.named_parameters() if p.requires_grad}, recipe.optim)
-        if self.is_alone:
-            return
-        # In one process they were read already.
-        softcap = loaded.model.config.get("attn_logit_softcapping")
-        check_attention(recipe.model.attention, device, self.parts.compute, softcap)
-        if recipe.model.init is None and loaded.implementation == "native":
-            check_weights(loaded.folder, loaded.model)
-        elif recipe.model.init is None:
-            locate_tensors(loaded.folder)
-        if recipe.lora is not None and recipe.lora.path is not None:
-            check_adapter(recipe.lora.path, loaded.model, recipe.lora)
+        if not self.is_alone:
+            loaded = self.parts.loaded
+            check_layout(loaded.model, recipe, degrees, device, loaded.implementation, loaded.reason)
 
     @contextmanager
     def _ranks(self) -> Iterator[Rank | RankGroup]:
@@ -333,7 +317,6 @@ class SFT:
             for line in check_resumable(state["identity"], identity, allow, str(checkpoint)):
                 LOG.warning("changed since the checkpoint: %s", line)
         parts.check_vocabulary()
-        prompts = self._prompts()
         order = parts.corpus.order(recipe.run.seed, recipe.data.shuffle)
         why_first = "data.prepare=first" if recipe.data.prepare == "first" else needs_every_row(recipe, order)
         store = folder.path / "prepared" if recipe.data.cache is None else Path(recipe.data.cache)
@@ -363,19 +346,7 @@ class SFT:
         facts = start_facts(parts, length, layout, trainer)
         console.facts(f"burnish sft: {recipe.run.name or folder.path.name}", facts)
         session = Session(
-            console,
-            facts,
-            feed,
-            prefetch,
-            trainer,
-            layout,
-            length,
-            clock,
-            identity,
-            prompts,
-            held_out,
-            prepared,
-            progress,
+            console, facts, feed, prefetch, trainer, layout, length, clock, identity, held_out, prepared, progress
         )
         if recipe.train.memory_check:
             self._check_memory(session)
@@ -434,7 +405,7 @@ class SFT:
             save_config=recipe.checkpoint,
             evaluate_config=recipe.evaluate,
             held_out_loss=(lambda trainer: evaluate(trainer, held_out, layout)) if held_out else None,
-            answers=(lambda: self._answers(session)) if session.prompts else None,
+            answers=(lambda: self._answers(session.trainer)) if recipe.evaluate.prompts else None,
             export=lambda step: _export(session.trainer, parts, recipe, folder, progress, folder.export(step)),
             identity=session.identity,
             log_every=recipe.run.log_every,
@@ -443,15 +414,12 @@ class SFT:
             saved_step=resumed_step if checkpoint_folder(folder.checkpoints, progress.step).is_dir() else None,
         )
 
-    def _prompts(self) -> list[list[int]]:
-        """The ids of evaluate.prompts. Raises UserError where the tokenizer has no way to write one."""
+    def _answers(self, trainer: Rank | RankGroup) -> Sequence[tuple[str, str]]:
         from burnish.generate import encode  # transformers takes seconds to import
 
-        return [encode(self.parts.tokenizer, prompt) for prompt in self.recipe.evaluate.prompts]
-
-    def _answers(self, session: Session) -> Sequence[tuple[str, str]]:
         asked, tokenizer = self.recipe.evaluate, self.parts.tokenizer
-        ids = session.trainer.answers(session.prompts, self.parts.tokenizer_facts, asked.max_new_tokens)
+        prompts = [encode(tokenizer, prompt) for prompt in asked.prompts]
+        ids = trainer.answers(prompts, self.parts.tokenizer_facts, asked.max_new_tokens)
         return list(zip(asked.prompts, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True))
 
     def _fit(self, session: Session, run: Run) -> int | None:
