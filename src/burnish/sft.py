@@ -248,7 +248,13 @@ class SFT:
             os.environ.update({name: str(value) for name, value in self.recipe.cluster.env.items()})
             if self.parts.device.index is not None:
                 torch.cuda.set_device(self.parts.device)
-            yield Rank(self.parts)
+            rank = Rank(self.parts)
+            try:
+                yield rank
+            except Exception:
+                with suppress(UserError):  # what ends the run is said, and no save goes on behind the next one's back
+                    rank.finish_saves()
+                raise
             return
         recipe, parallel = self.recipe, self.recipe.parallel
         phase(f"rows: {', '.join(source.name for source in self.parts.corpus.sources)}")
