@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hosts import STORE, Hosts
 
+from burnish.cluster.placement import num_gpus
+
 FAKES = str(Path(__file__).parents[1] / "unit" / "cluster")
 JOB = """
 import sys
@@ -44,14 +46,21 @@ def job(hosts: Hosts, per_host: int, *mapping: int, wait: float = 120.0) -> Iter
 
 
 @pytest.mark.slow
-def test_named_devices_are_those_that_no_other_run_holds() -> None:
+@pytest.mark.parametrize("shown", [None, "4,5,6,GPU-7a"])
+def test_named_devices_are_those_that_no_other_run_holds(monkeypatch: pytest.MonkeyPatch, shown: str | None) -> None:
+    """Numbers count what the host shows."""
+    name = ("0,1,2,3" if shown is None else shown).split(",")
     with contextlib.closing(Hosts(0)) as hosts:
-        hosts.cluster.add_node(num_cpus=8, num_gpus=4, object_store_memory=STORE, include_dashboard=False)
+        with monkeypatch.context() as environment:
+            if shown is not None:
+                environment.setenv("CUDA_VISIBLE_DEVICES", shown)
+            hosts.cluster.add_node(num_cpus=8, num_gpus=4, object_store_memory=STORE, include_dashboard=False)
+        assert num_gpus(hosts.address) == 4
         with job(hosts, 2) as first:
-            assert first == "[['0'], ['1']]"
+            assert first == str([[name[0]], [name[1]]])
             with job(hosts, 4, 3) as second:  # Ray by itself would give device 2
-                assert second == "[['3']]"
+                assert second == str([[name[3]]])
             with job(hosts, 4, 2, 1, wait=5.0) as third:
                 assert third.startswith("cluster.device_mapping: devices 1 of their hosts are not free")
         with job(hosts, 4, 2, 1) as fourth:
-            assert fourth == "[['2'], ['1']]"
+            assert fourth == str([[name[2]], [name[1]]])
