@@ -22,7 +22,7 @@ from torch import Tensor
 from burnish.cluster.phases import phase
 from burnish.cluster.ranks import Place, Ranks
 from burnish.components import Components, RankComponents
-from burnish.config import Recipe, RecipeError
+from burnish.config import Recipe
 from burnish.data.pack import Layout, Packs
 from burnish.model.vocabulary import TokenizerFacts
 from burnish.observe.metrics import Stopwatch, fetched, memory_of
@@ -81,12 +81,8 @@ class Rank:
         return memory_of(self.parts.device.type)
 
     def prepare(self, total_steps: int, clock: Clock | None = None, checkpoint: str | None = None) -> None:
-        """Make the trainer of a run of `total_steps` steps, as `checkpoint` left it; `clock` times its parts.
-
-        Raises RecipeError for keys of routers where the model has none that they steer.
-        """
+        """Make the trainer of a run of `total_steps` steps, as `checkpoint` left it; `clock` times its parts."""
         recipe = self.parts.recipe
-        _check_routing(recipe, self.parts.execution.is_sparse)
         self.trainer = LocalTrainer(
             execution=self.parts.execution,
             loss=CrossEntropy(recipe.train.label_smoothing, recipe.train.z_loss),
@@ -180,16 +176,6 @@ class Rank:
         from burnish.generate import as_hf_model, continue_all  # transformers takes seconds to import
 
         return continue_all(as_hf_model(self.parts.execution.model), tokenizer, prompts, max_new_tokens)
-
-
-def _check_routing(recipe: Recipe, is_sparse: bool) -> None:
-    for key in ("router_aux_loss", "router_z_loss", "router_bias_rate"):
-        value = getattr(recipe.train, key)
-        if value and not is_sparse:
-            raise RecipeError(
-                f"train.{key}={value:g} is about routers of experts, and no layer of this model has any of ours; "
-                f"set train.{key} to 0"
-            )
 
 
 def answering_device(device: torch.device, num_bytes: int) -> torch.device:

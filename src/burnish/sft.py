@@ -39,13 +39,15 @@ from burnish.evaluate import evaluate
 from burnish.export import Card, SavedWeights, write_export
 from burnish.length import RunLength, needs_every_row, run_length
 from burnish.loop import fit
-from burnish.model.lora import settings_of
+from burnish.model.attention import check_attention
+from burnish.model.hf_io import check_weights, locate_tensors
+from burnish.model.lora import check_adapter, settings_of
 from burnish.model.vocabulary import stop_ids
 from burnish.model.zoo import locate
 from burnish.observe.console import Console, logging_to
 from burnish.observe.environment import versions
 from burnish.observe.metrics import MetricsWriter, StepWindow, Stopwatch, cut
-from burnish.observe.trackers import open_trackers
+from burnish.observe.trackers import check_trackers, open_trackers
 from burnish.outcome import (
     dropped_warnings,
     result_facts,
@@ -72,7 +74,7 @@ from burnish.train.checkpoint import (
     recover,
     verify_checkpoint,
 )
-from burnish.train.optim import DTYPES
+from burnish.train.optim import DTYPES, weight_decays
 from burnish.types import Sample, StepInput, UserError
 
 LOG = logging.getLogger(__name__)
@@ -228,18 +230,30 @@ class SFT:
         return rank
 
     def _check_layout(self) -> None:
-        """Raises RecipeError where the recipe's layout does not suit the ranks, as far as they are known, or the model,
-        and where its devices cannot be had.
+        """Raises UserError where the recipe does not suit the ranks, as far as they are known, or the model, where its
+        devices cannot be had, and where what it names is not there or does not fit.
 
         Ranks ask again how many they are.
         """
         recipe, parallel, device = self.recipe, self.recipe.parallel, self.parts.device.type
+        check_trackers(recipe.run.trackers)
         check_devices(recipe.cluster, device)
         world = known_world(recipe.cluster, device)
         degrees = Degrees.least(parallel) if world is None else Degrees.of(parallel, world)
-        if not self.is_alone:
-            loaded = self.parts.loaded
-            check_layout(loaded.model, recipe, degrees, device, loaded.implementation, loaded.reason)
+        loaded = self.parts.loaded
+        check_layout(loaded.model, recipe, degrees, device, loaded.implementation, loaded.reason)
+        weight_decays({n: p for n, p in loaded.model.named_parameters() if p.requires_grad}, recipe.optim)
+        if self.is_alone:
+            return
+        # In one process they were read already.
+        softcap = loaded.model.config.get("attn_logit_softcapping")
+        check_attention(recipe.model.attention, device, self.parts.compute, softcap)
+        if recipe.model.init is None and loaded.implementation == "native":
+            check_weights(loaded.folder, loaded.model)
+        elif recipe.model.init is None:
+            locate_tensors(loaded.folder)
+        if recipe.lora is not None and recipe.lora.path is not None:
+            check_adapter(recipe.lora.path, loaded.model, recipe.lora)
 
     @contextmanager
     def _ranks(self) -> Iterator[Rank | RankGroup]:

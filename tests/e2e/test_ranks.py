@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,6 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config
 from workshop import Workshop, wait_for_step, weights
+
+from burnish.recipe import read_recipe
+from burnish.sft import SFT
+from burnish.types import UserError
 
 FULL = {"checkpoint": {"every": None, "export_dtype": "fp32"}, "run": {"dir": "runs/a", "trackers": []}}
 """Sections of a recipe whose exports tell runs apart to the last digit."""
@@ -206,6 +211,33 @@ def test_a_layout_that_cannot_be_is_refused_before_rows_are_read(
     output = workshop.burnish("sft", recipe, *keys, status=2)
     assert message in output
     assert "preparing" not in output
+    assert not (workshop.folder / "runs/a/prepared").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["model.attention=varlen"], "model.attention=varlen needs a CUDA device, and the model is on cpu"),
+        (["train.router_z_loss=0.1"], "train.router_z_loss=0.1 is about routers of experts, and no layer"),
+        (["optim.no_decay=[nothing]"], "optim.no_decay pattern 'nothing' matches no trained parameter"),
+        (["model.freeze=['*']"], "model.freeze freezes every parameter"),
+        (["model.freeze=[nothing]"], "model.freeze=nothing fits no parameter"),
+        (["lora={rank: 2, targets: [nothing]}"], "lora.targets=nothing ends no module's name"),
+        (["lora={rank: 2, path: model}"], "lora.path=model has no adapter_config.json"),
+        (["model.init=null", "model.path=model"], "model has neither model.safetensors nor"),
+        (["model.init=null", "model.path=model", "model.implementation=transformers"], "model has neither"),
+        (["run.trackers=[wandb]"], "run.trackers=wandb needs the package wandb"),
+    ],
+)
+def test_what_can_be_known_before_is_refused_without_a_rank_or_a_row(
+    workshop: Workshop, keys: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workshop.folder)
+    monkeypatch.setattr("burnish.sft.open_ranks", lambda *_, **__: pytest.fail("there are ranks"))
+    path = workshop.recipe(**FULL, data={"prepare": "first"})
+    recipe = read_recipe(path, ["cluster.devices_per_node=2", *keys])
+    with pytest.raises(UserError, match=re.escape(message)):
+        SFT(recipe).train()
     assert not (workshop.folder / "runs/a/prepared").exists()
 
 

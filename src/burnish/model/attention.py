@@ -134,10 +134,7 @@ def attend_varlen(
     softcap: float | None = None,
 ) -> Tensor:
     """`Kernel` by FlashAttention over the whole pack: CUDA, bf16 or fp16, without softcap."""
-    if softcap is not None:
-        raise UserError(
-            f"model.attention=varlen has no softcap, and this model caps scores at {softcap}; set it to sdpa"
-        )
+    _refuse_varlen(_softcap_obstacle(softcap))
     bounds, longest = documents.cu_seqlens, documents.max_length
     left = -1 if window is None else window - 1
     output_THE = varlen_attn(
@@ -156,12 +153,34 @@ def choose_attention(
     Raises UserError where varlen is asked for and cannot run.
     """
     device = torch.device(device)
-    obstacle = _varlen_obstacle(device, dtype)
-    if asked == "sdpa" or (asked == "auto" and obstacle):
+    check_attention(asked, device, dtype)
+    if asked == "sdpa" or (asked == "auto" and _varlen_obstacle(device, dtype)):
         return Attention("sdpa", attend_sdpa)
-    if obstacle:
-        raise UserError(f"model.attention=varlen {obstacle}; set it to sdpa or auto")
     return Attention(f"varlen ({_activate_flash_attention(device)})", attend_varlen)
+
+
+def check_attention(
+    asked: Literal["auto", "sdpa", "varlen"],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    softcap: float | None = None,
+) -> None:
+    """Raises UserError where varlen is asked for and cannot run, on `device` or for scores capped at `softcap`.
+
+    It touches no device.
+    """
+    if asked == "varlen":
+        _refuse_varlen(_varlen_obstacle(torch.device(device), dtype))
+        _refuse_varlen(_softcap_obstacle(softcap))
+
+
+def _refuse_varlen(obstacle: str | None) -> None:
+    if obstacle is not None:
+        raise UserError(f"model.attention=varlen {obstacle}; set it to sdpa or auto")
+
+
+def _softcap_obstacle(softcap: float | None) -> str | None:
+    return None if softcap is None else f"has no softcap, and this model caps scores at {softcap}"
 
 
 def _varlen_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -113,6 +113,14 @@ def read_weights(
             _check_copy(folder, stored, name, target, parts[target][1])
 
 
+def check_weights(folder: Path, model: CausalLM) -> None:
+    """Raises UserError as `read_weights` does, but for tied weights that differ; of the files it reads the headers.
+
+    `model` may be on meta.
+    """
+    _locate_weights(folder, model, {name: tensor.shape for name, tensor in named_weights(model).items()})
+
+
 def each_weight(folder: Path, model: CausalLM) -> Iterator[tuple[str, Tensor]]:
     """The weights of a folder one after the other, by the names, in the types and order of `model`, which is on meta.
 

@@ -221,6 +221,17 @@ def read_adapter(
 ) -> None:
     """Copy an adapter in peft's format, a folder or hub id, into the adapters of the model.
 
+    `part_of` is as in `zoo.initialise`. Otherwise as `check_adapter`.
+    """
+    stored = check_adapter(path, model, lora, expected)
+    read_tensors(stored, {stored_name(name): parameter for name, parameter in trained(model).items()}, part_of)
+
+
+def check_adapter(
+    path: str, model: CausalLM, lora: LoraConfig, expected: Mapping[str, torch.Size] | None = None
+) -> dict[str, Path]:
+    """The file of every tensor of an adapter in peft's format, a folder or hub id, that goes on in the model's.
+
     `expected` are names and shapes of what the whole model trains, where this is a part of it. Raises UserError where
     the adapter is another than `lora` describes.
     """
@@ -229,8 +240,7 @@ def read_adapter(
     if not file.is_file():
         raise UserError(f"lora.path={path} has no {CONFIG}; give the folder of an adapter in peft's format")
     _check_config(path, read_object(file, "correct it"), lora)
-    parameters = trained(model)
-    expected = expected or {name: parameter.shape for name, parameter in parameters.items()}
+    expected = expected or {name: parameter.shape for name, parameter in trained(model).items()}
     stored = locate_tensors(folder, FILE)
     ties = {stored_name(alias): stored_name(target) for alias, target in model.aliases.items() if target in expected}
     check_tensors(
@@ -241,7 +251,7 @@ def read_adapter(
         config=file.name,
         remedy="set lora.targets and lora.modules_to_save to what it adapts",
     )
-    read_tensors(stored, {stored_name(name): parameter for name, parameter in parameters.items()}, part_of)
+    return stored
 
 
 def settings_of(folder: Path) -> tuple[str, dict[str, Any]]:

@@ -59,13 +59,6 @@ class WandB:
     """
 
     def __init__(self, folder: Path, run_name: str, recipe: Mapping[str, Any]) -> None:
-        # A folder called wandb, such as it makes itself where it runs, passes for a package without an origin.
-        package = importlib.util.find_spec("wandb")
-        if package is None or package.origin is None:
-            raise UserError(
-                "run.trackers=wandb needs the package wandb, which is not installed; "
-                'run `pip install "burnish[wandb]"`, or take wandb out of run.trackers'
-            )
         import wandb  # pyright: ignore[reportMissingImports]
 
         id_file = folder / "wandb-run-id.txt"
@@ -87,12 +80,25 @@ class WandB:
         self._run.finish()
 
 
+def check_trackers(names: Iterable[str]) -> None:
+    """Raises UserError where wandb is among the `names` of run.trackers and not installed."""
+    if "wandb" not in names:
+        return
+    # A folder called wandb, such as it makes itself where it runs, passes for a package without an origin.
+    package = importlib.util.find_spec("wandb")
+    if package is None or package.origin is None:
+        raise UserError(
+            "run.trackers=wandb needs the package wandb, which is not installed; "
+            'run `pip install "burnish[wandb]"`, or take wandb out of run.trackers'
+        )
+
+
 def open_trackers(
     names: Iterable[str], folder: Path, run_name: str, recipe: Mapping[str, Any], resume_step: int | None = None
 ) -> list[Tracker]:
     """The trackers of `run.trackers` for the run in `folder`, which resumes from `resume_step` (None: from its start).
 
-    Raises UserError where wandb is asked for and not installed.
+    `check_trackers` comes before.
     """
     openers = {
         "tensorboard": lambda: TensorBoard(folder, recipe, resume_step),

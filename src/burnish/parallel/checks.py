@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from burnish.config import ParallelConfig, Recipe, RecipeError
+from burnish.config import ParallelConfig, Recipe, RecipeError, TrainConfig
 from burnish.model.base import CausalLM
-from burnish.model.moe import MoE
+from burnish.model.moe import routers_of
 from burnish.parallel.apply import layer_costs
 from burnish.parallel.cp import check_context_parallel
 from burnish.parallel.degrees import Degrees
@@ -37,18 +37,20 @@ def check_layout(
     implementation: Literal["native", "transformers"],
     reason: str,
 ) -> None:
-    """Raises RecipeError where `model`, on meta or not, cannot be trained by ranks as `degrees` says.
+    """Raises RecipeError where `model`, on meta or not, cannot be trained by ranks as `degrees` says, or has no routers
+    for the keys that are about them.
 
     `reason` says why its modules are of that `implementation`.
     """
     parallel = recipe.parallel
+    # A config may count experts that no layer has, where all layers are dense ones.
+    is_sparse = implementation == "native" and bool(routers_of(model))
+    _check_routing(recipe.train, is_sparse)
     if implementation == "transformers":
         _check_whole(parallel, reason)
         return
     check_tensor_parallel(model.config, degrees.tp)
     check_context_parallel(model.config, degrees.cp, parallel.cp_kind, degrees.tp)
-    # A config may count experts that no layer has, where all layers are dense ones.
-    is_sparse = any(isinstance(module, MoE) for module in model.modules())
     check_expert_parallel(model.config if is_sparse else {}, degrees)
     check_split(parallel, recipe.train.recompute, is_compiled(recipe, device))
     if degrees.pp > 1:
@@ -63,3 +65,13 @@ def _check_whole(parallel: ParallelConfig, reason: str) -> None:
             f"transformers ({reason}), over which dp_shard and dp_replicate alone can spread; set parallel.{cut} to 1, "
             "or model.implementation to native where the architecture has one"
         )
+
+
+def _check_routing(train: TrainConfig, is_sparse: bool) -> None:
+    for key in ("router_aux_loss", "router_z_loss", "router_bias_rate"):
+        value = getattr(train, key)
+        if value and not is_sparse:
+            raise RecipeError(
+                f"train.{key}={value:g} is about routers of experts, and no layer of this model has any of ours; "
+                f"set train.{key} to 0"
+            )

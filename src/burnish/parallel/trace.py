@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
-from burnish.model.attention import Attention, Kernel, attend_sdpa
+from burnish.model.attention import Attention, Kernel, attend_sdpa, check_attention
 from burnish.model.base import CausalLM
 from burnish.model.lm_head import CPU_BLOCK_BYTES, DEVICE_BLOCK_BYTES, MIN_BLOCK, score
 from burnish.model.moe import Dispatch, Experts, MoE, compute_one_by_one, count, rows_by_expert, weighted_sums
@@ -125,7 +125,11 @@ def planned_attention(
     cp: int = 1,
     kind: Literal["ring", "all_to_all"] = "ring",
 ) -> Attention:
-    """The kernel that training would choose on `device`, over `cp` ranks, to be run on meta."""
+    """The kernel that training would choose on `device`, over `cp` ranks, to be run on meta.
+
+    Raises UserError as `choose_attention` does.
+    """
+    check_attention(asked, device, compute)
     half = compute in (torch.bfloat16, torch.float16)
     alone = Attention("sdpa", attend_sdpa)
     if device == "cuda" and half and asked != "sdpa":

@@ -142,8 +142,6 @@ def build_optimizer(
     Raises UserError where nothing is left to train or a pattern of `optim.no_decay` matches nothing.
     """
     trained = {name: parameter for name, parameter in named_parameters.items() if parameter.requires_grad}
-    if not (all_names or trained):
-        raise UserError("model.freeze freezes every parameter, so there is nothing to train; narrow its patterns")
     decays = weight_decays(trained, config, all_names)
     if not trained:
         return NarrowSgd({}, {}, seed)  # torch's optimizers refuse to have nothing to do
@@ -163,11 +161,14 @@ def weight_decays(
 ) -> dict[str, float]:
     """Each parameter's weight decay: 0 where `optim.no_decay` matches its name or, without that, below two dimensions.
 
-    Raises UserError for a pattern that matches none of `all_names`, by default those of `parameters`.
+    Raises UserError where there are none of `all_names`, by default those of `parameters`, and for a pattern that
+    matches none of them.
     """
+    names = list(parameters) if all_names is None else all_names
+    if not names:
+        raise UserError("model.freeze freezes every parameter, so there is nothing to train; narrow its patterns")
     if config.no_decay is None:
         return {name: config.weight_decay if tensor.dim() >= 2 else 0.0 for name, tensor in parameters.items()}
-    names = list(parameters) if all_names is None else all_names
     exempt: set[str] = set()
     for pattern in config.no_decay:
         matched = fnmatch.filter(names, pattern)

@@ -9,7 +9,7 @@ import types
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from burnish.observe.trackers import open_trackers
+from burnish.observe.trackers import check_trackers, open_trackers
 from burnish.types import UserError
 
 RECIPE = {"optim": {"lr": 1e-5}, "run": {"name": None}}
@@ -50,10 +50,10 @@ def test_tensorboard_of_a_run_killed_before_its_first_checkpoint_begins_anew(tmp
     assert points(tmp_path, "loss") == [(0, 2.0), (1, 2.0)]
 
 
-def test_wandb_asked_for_and_not_installed_is_an_error_with_the_remedy(tmp_path, monkeypatch):
+def test_wandb_asked_for_and_not_installed_is_an_error_with_the_remedy(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'run\.trackers=wandb .*pip install "burnish\[wandb\]"'):
-        open_trackers(["wandb"], tmp_path, "run", RECIPE)
+        check_trackers(["wandb"])
 
 
 def test_a_folder_called_wandb_is_not_taken_for_the_package(tmp_path, monkeypatch):
@@ -61,7 +61,7 @@ def test_a_folder_called_wandb_is_not_taken_for_the_package(tmp_path, monkeypatc
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(UserError, match="not installed"):
-        open_trackers(["wandb"], tmp_path, "run", RECIPE)
+        check_trackers(["wandb"])
 
 
 class StandIn:
