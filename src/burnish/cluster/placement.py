@@ -7,6 +7,7 @@ import fcntl
 import functools
 import logging
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -366,10 +367,14 @@ def hold_devices(
     start: Callable[[str], Any], wanted: Sequence[tuple[str, int]], deadline: float, wait: float
 ) -> list[Any]:
     """Actors that hold just the devices `wanted`, of (node, device). `start` starts one on a node, with whatever device
-    Ray gives it: more are started until those are among them, and the others end."""
+    Ray gives it: more are started until those are among them, and the others end. Where none comes for a while, all
+    others are given back and it begins again: another run that seeks its own may wait for them."""
     import ray
 
-    starting = {(actor := start(node)).identify.remote(None): actor for node, _ in wanted}
+    def begin(nodes: Iterable[str]) -> dict[Any, Any]:
+        return {(actor := start(node)).identify.remote(None): actor for node in nodes}
+
+    starting = begin(node for node, _ in wanted)
     held: dict[tuple[str, int], Any] = {}
     while missing := [device for node, device in wanted if (node, device) not in held]:
         ready, _ = ray.wait(list(starting), timeout=5)
@@ -377,8 +382,7 @@ def hold_devices(
             (place,), held_by = _got([ref]), starting.pop(ref)
             held[place] = held_by
             if place not in wanted:
-                actor = start(place[0])
-                starting[actor.identify.remote(None)] = actor
+                starting |= begin([place[0]])
         if not ready and time.monotonic() > deadline:
             raise ClusterError(
                 f"cluster.device_mapping: devices {', '.join(map(str, missing))} of their hosts are not free after "
@@ -386,6 +390,10 @@ def hold_devices(
             )
         if not ready:
             LOG.info("waiting for devices: %d of %d are free", len(wanted) - len(missing), len(wanted))
+            for actor in [*(held.pop(place) for place in held.keys() - set(wanted)), *starting.values()]:
+                ray.kill(actor)
+            time.sleep(random.random())  # not in step with that run
+            starting = begin(node for node, device in wanted if (node, device) not in held)
     for actor in [*(held[place] for place in held if place not in wanted), *starting.values()]:
         ray.kill(actor)
     return [held[place] for place in wanted]

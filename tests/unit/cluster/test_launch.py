@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import torch
 from burnish.cluster.launch import check_devices, driving, is_local, joined_device, open_ranks, with_restarts
 from burnish.cluster.numa import local_cores, parse_cores
 from burnish.cluster.peers import World, _device, environment_world, first_host
-from burnish.cluster.placement import Host, await_hosts, local_devices, number_of, rank_order, shown_as
+from burnish.cluster.placement import Host, await_hosts, hold_devices, local_devices, number_of, rank_order, shown_as
 from burnish.cluster.ranks import (
     ClusterError,
     Failure,
@@ -178,6 +181,58 @@ def test_devices_are_numbered_among_those_that_a_host_shows() -> None:
     for shown, names in cases:
         assert [shown_as(number, shown) for number in range(2)] == names
         assert [number_of(name, shown) for name in names] == [0, 1]
+
+
+class Pool:
+    """Devices 0 to 3 of a host, as Ray gives them to two runs: at first the even ones to one, the odd to the other."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.free: dict[int, int | None] = {device: device % 2 for device in range(4)}
+        """Free devices, with the run that alone may have them; None any."""
+        self.given: dict[Any, int] = {}
+
+    def wait(self, actors: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        for actor in actors:
+            with self.lock:
+                for device, run in self.free.items():
+                    if run in (None, actor.run):
+                        del self.free[device]
+                        self.given[actor] = device
+                        return [actor], []
+        time.sleep(random.random() / 50)
+        return [], actors
+
+    def get(self, actors: list[Any]) -> list[Any]:
+        return [("node", self.given[actor]) for actor in actors]
+
+    def kill(self, actor: Any) -> None:
+        with self.lock:
+            if actor in self.given:
+                self.free[self.given.pop(actor)] = None
+
+
+class PooledActor:
+    def __init__(self, run: int) -> None:
+        self.run = run
+        self.identify, self.remote = self, lambda _: self
+
+
+def test_runs_that_seek_each_others_devices_both_get_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    pool = Pool()
+    for name in ("wait", "get", "kill"):
+        monkeypatch.setattr(ray, name, getattr(pool, name))
+
+    def seek(run: int, devices: tuple[int, ...]) -> list[int]:
+        wanted = [("node", device) for device in devices]
+        actors = hold_devices(lambda node: PooledActor(run), wanted, time.monotonic() + 10, 10)
+        return [pool.given[actor] for actor in actors]
+
+    with ThreadPoolExecutor() as threads:
+        assert list(threads.map(seek, (0, 1), ((3, 1), (0,)))) == [[3, 1], [0]]
+    assert pool.free.keys() == {2}
 
 
 def test_a_process_that_is_shown_its_own_device_alone_takes_that(monkeypatch: pytest.MonkeyPatch) -> None:
