@@ -31,7 +31,7 @@ from burnish.parallel import weights
 from burnish.parallel.degrees import Degrees
 from burnish.parallel.mesh import Mesh
 from burnish.recipe import recipe_from_dict
-from burnish.train.checkpoint import load_checkpoint
+from burnish.train.checkpoint import fault_of, load_checkpoint
 from burnish.train.loss import CrossEntropy
 from burnish.train.optim import DTYPES
 from burnish.train.trainer import Clock, LocalTrainer, Routing, Scorer
@@ -134,8 +134,15 @@ class Rank:
         if self.trainer is not None:
             self.trainer.finish_saves()
 
+    def fault(self, checkpoint: str) -> str | None:
+        """What is wrong with the files of a checkpoint, of which each rank reads a share; None where they are whole."""
+        fault = fault_of(checkpoint)
+        if fault is None:
+            phase(f"checkpoint verified: {Path(checkpoint).name}")
+        return fault
+
     def load(self, folder: str) -> dict[str, Any]:
-        """Continue from a checkpoint; returns the state it was saved with."""
+        """Continue from a checkpoint that is whole; returns the state it was saved with."""
         state = self._trainer.load(folder)
         phase(f"checkpoint loaded: {Path(folder).name}")
         return state
@@ -365,6 +372,9 @@ class RankGroup:
 
     def finish_saves(self) -> None:
         self.ranks.call("finish_saves")
+
+    def fault(self, checkpoint: str) -> str | None:
+        return self.ranks.call("fault", _everywhere(checkpoint))[0]
 
     def load(self, folder: str) -> dict[str, Any]:
         return self.ranks.call("load", _everywhere(folder))[0]

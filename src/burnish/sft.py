@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import date
@@ -68,6 +68,8 @@ from burnish.train.checkpoint import (
     TRACKER,
     SavedTensors,
     checkpoint_folder,
+    damaged,
+    fault_of,
     find_checkpoint,
     latest_checkpoint,
     read_state,
@@ -186,11 +188,12 @@ class SFT:
 
     def _train(self, console: Console, how: str, step: int | None) -> Result:
         with ExitStack() as stack:
-            checkpoint = _checkpoint_to_resume(self.folder, how, step)
+            find = partial(_checkpoint_to_resume, self.folder, how, step)
+            checkpoint = find(self._look)
             finished = self._finished(console, checkpoint)
             if finished is not None:
                 return finished
-            session = self._session(console, stack, checkpoint)
+            session = self._session(console, stack, checkpoint, find)
             run = self._run(session, stack)
             status = self._fit(session, run)
             if status is not None:
@@ -201,8 +204,8 @@ class SFT:
         """Everything but training: open, check, prepare where that comes first, load, probe, rehearse."""
         with self._opened_folder() as console, ExitStack() as stack:
             config = self.recipe.checkpoint
-            checkpoint = _checkpoint_to_resume(self.folder, config.resume, config.step)
-            length = self._session(console, stack, checkpoint).length
+            find = partial(_checkpoint_to_resume, self.folder, config.resume, config.step)
+            length = self._session(console, stack, find(self._look), find).length
             console.notice("dry run: all checks passed, nothing was trained")
             return length
 
@@ -308,6 +311,11 @@ class SFT:
                 LOG.warning(notice)
             yield console
 
+    @property
+    def _look(self) -> Callable[[Path], object]:
+        """How a checkpoint is looked at before there are ranks, which would share the reading of large files."""
+        return verify_checkpoint if self.is_alone else read_state
+
     def _finished(self, console: Console, checkpoint: Path | None) -> Result | None:
         """The results of a run that has ended, shown; None where there is something left to do."""
         if checkpoint is None or checkpoint.parent != self.folder.checkpoints or not self.folder.summary.is_file():
@@ -318,24 +326,25 @@ class SFT:
             return None
         if read_state(checkpoint)["num_steps"] < summary["step"]:
             return None  # its end is damaged, or an earlier step was asked for
+        if not self.is_alone and fault_of(checkpoint) is not None:
+            return None  # which its ranks will find
         best = summary["best_step"] if self.recipe.checkpoint.keep_best else None
         self._saved_weights = checkpoint if best is None else checkpoint_folder(self.folder.checkpoints, best)
         console.facts(f"{self.folder.path} is finished: nothing left to train", result_facts(summary, self.folder))
         return Result(summary, self.folder.path, None if summary["export"] is None else Path(summary["export"]))
 
-    def _session(self, console: Console, stack: ExitStack, checkpoint: Path | None) -> Session:
-        """Everything a run needs, checked and loaded; worker processes and files end with `stack`."""
+    def _session(self, console: Console, stack: ExitStack, checkpoint: Path | None, find: Find) -> Session:
+        """Everything a run needs, checked and loaded; worker processes and files end with `stack`.
+
+        Where ranks see that `checkpoint` is damaged, `find` looks for another.
+        """
         recipe, parts, folder = self.recipe, self.parts, self.folder
         stack.enter_context(parts.determinism())
         if not parts.corpus.train:
             raise RecipeError("data.train is empty; name at least one source, such as [{path: rows.jsonl}]")
         self._check_layout()
         identity = parts.identity()
-        state = None if checkpoint is None else read_state(checkpoint)
-        if state is not None:
-            allow = recipe.checkpoint.allow_changes
-            for line in check_resumable(state["identity"], identity, allow, str(checkpoint)):
-                LOG.warning("changed since the checkpoint: %s", line)
+        state = self._state_of(checkpoint, identity)
         parts.check_vocabulary()
         order = parts.corpus.order(recipe.run.seed, recipe.data.shuffle)
         why_first = "data.prepare=first" if recipe.data.prepare == "first" else needs_every_row(recipe, order)
@@ -353,6 +362,9 @@ class SFT:
             prepared = feed.prepare_training()
         length = run_length(recipe, order, None if prepared is None else [p.lengths for p in prepared])
         trainer = stack.enter_context(self._ranks())
+        if checkpoint is not None and not self.is_alone and trainer.fault(str(checkpoint)) is not None:
+            checkpoint = find(partial(_verify, trainer))  # which says what is wrong, and what is taken for it
+            state = self._state_of(checkpoint, identity)
         layout = choose_layout(recipe, trainer)
         clock = Stopwatch(parts.device.type if self.is_alone else "cpu")
         trainer.prepare(length.total_steps, clock, None if checkpoint is None else str(checkpoint))
@@ -371,6 +383,15 @@ class SFT:
         if recipe.train.memory_check:
             self._check_memory(session)
         return session
+
+    def _state_of(self, checkpoint: Path | None, identity: dict[str, Any]) -> dict[str, Any] | None:
+        """What was saved with `checkpoint`, from which a run of this identity may go on."""
+        if checkpoint is None:
+            return None
+        state, allow = read_state(checkpoint), self.recipe.checkpoint.allow_changes
+        for line in check_resumable(state["identity"], identity, allow, str(checkpoint)):
+            LOG.warning("changed since the checkpoint: %s", line)
+        return state
 
     def _known_here(self, progress: Progress) -> Progress:
         """`progress` without a best step whose checkpoint is not in this folder, and so could never be exported."""
@@ -483,7 +504,7 @@ class SFT:
         if checkpoint.keep_best and progress.best_step not in (None, progress.step):
             best = checkpoint_folder(self.folder.checkpoints, progress.best_step)
             session.trainer.finish_saves()
-            verify_checkpoint(best)
+            _verify(session.trainer, best)
             progress = self._progress = Progress.from_state(session.trainer.load(str(best))["progress"])
         elif progress.step != run.saved_step:
             run.save(session.trainer, session.source)  # a run that goes on from the end of another folder's
@@ -572,12 +593,19 @@ def _tracked(folder: RunFolder) -> tuple[str, int] | None:
     return (tracker.read_text(), tracker.stat().st_mtime_ns) if tracker.is_file() else None
 
 
-def _checkpoint_to_resume(folder: RunFolder, how: str, step: int | None) -> Path | None:
+Find = Callable[[Callable[[Path], object]], Path | None]
+"""The checkpoint to go on from, of those in which a function finds no damage; None to start anew."""
+
+
+def _checkpoint_to_resume(
+    folder: RunFolder, how: str, step: int | None, verify: Callable[[Path], object]
+) -> Path | None:
     """The checkpoint that `how` (checkpoint.resume) asks for; None to start from the model's own weights.
 
     A checkpoint elsewhere is where a run begins; once the folder has checkpoints of its own, it goes on from those.
+    `verify` is as in `find_checkpoint`.
     """
-    own = find_checkpoint(folder.checkpoints, step if how == "auto" else None)
+    own = find_checkpoint(folder.checkpoints, step if how == "auto" else None, verify)
     if how == "auto":
         return own
     if how == "never":
@@ -589,14 +617,21 @@ def _checkpoint_to_resume(folder: RunFolder, how: str, step: int | None) -> Path
         return None
     place = Path(how)
     if (place / "state.json").is_file():
-        verify_checkpoint(place)
+        verify(place)
         found = place
     else:
-        found = find_checkpoint(place / "checkpoints", step)
+        found = find_checkpoint(place / "checkpoints", step, verify)
     if found is None:
         raise RecipeError(f"checkpoint.resume={how}: neither a checkpoint (iter_...) nor a run folder with one")
     is_own = found.resolve().parent == folder.checkpoints.resolve()
     return found if is_own or own is None else own
+
+
+def _verify(trainer: Rank | RankGroup, checkpoint: Path) -> None:
+    """`verify_checkpoint` by those who train."""
+    fault = trainer.fault(str(checkpoint))
+    if fault is not None:
+        raise damaged(checkpoint, fault)
 
 
 def _all_trained(length: int, number: int, vocab_size: int) -> Sample:

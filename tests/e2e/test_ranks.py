@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,14 +171,33 @@ def render(messages, tools, kwargs):
 """
 
 
+def note_reading() -> None:
+    """Write down which rank compares which file of a checkpoint with its checksum."""
+    from burnish.train import checkpoint
+
+    checksum = checkpoint._checksum
+
+    def noted(file: Path) -> str:
+        with open("read.txt", "a") as notes:
+            notes.write(f"{os.environ['RANK']} {file.name}\n")
+        return checksum(file)
+
+    checkpoint._checksum = noted
+
+
 def test_a_start_says_what_is_done_by_whom(workshop: Workshop) -> None:
     (workshop.folder / "our_renderer.py").write_text(RENDERER)
     recipe = str(workshop.recipe(**{**FULL, "checkpoint": {"every": 1, "export": "never"}}))
     keys = ["data.renderer=our_renderer.render", "train.steps=2"]
     workshop.burnish("sft", recipe, *keys, world=2)
     (workshop.folder / "runs/a/summary.json").unlink()
+    workshop.before = note_reading
     again = workshop.burnish("sft", recipe, *keys, "checkpoint.step=1", world=2)
-    of_rank = ["joined the process group", "modules imported", "weights loaded: ", "checkpoint loaded: ", "ready ("]
+    read = [line.split() for line in (workshop.folder / "read.txt").read_text().splitlines()]
+    assert sorted(name for _, name in read) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    assert {rank for rank, _ in read} == {"0", "1"}, "each rank its share"
+    of_rank = ["joined the process group", "modules imported", "weights loaded: "]
+    of_rank += ["checkpoint verified: ", "checkpoint loaded: ", "ready ("]
     said = [line.partition("pid ")[2].partition(": ")[2] for line in again.splitlines() if " pid " in line]
     expected = [
         "rows: train, held",

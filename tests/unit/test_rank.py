@@ -128,13 +128,14 @@ def test_prompts_are_answered_in_calls_of_few_between_gathering_and_dropping_the
 def test_ranks_are_told_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank may have another working directory than the driver."""
     monkeypatch.chdir(tmp_path)
-    names = ("save", "load", "load_weights", "export")
+    names = ("save", "fault", "load", "load_weights", "export")
     trainer, ranks = group({name: [{}] * 4 for name in names})
     trainer.save("runs/a", {})
+    trainer.fault("runs/a")
     trainer.load("runs/a")
     trainer.load_weights(Path("runs/a"))
     trainer.export(Path("runs/a"), torch.bfloat16)
-    assert [Path(given[0]) for given in ranks.given] == [tmp_path / "runs/a"] * 4
+    assert [Path(given[0]) for given in ranks.given] == [tmp_path / "runs/a"] * 5
 
 
 @pytest.mark.parametrize(("num_bytes", "device"), [(89, "cuda:0"), (91, "cpu")])

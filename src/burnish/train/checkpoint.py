@@ -222,11 +222,34 @@ def verify_checkpoint(folder: str | Path, *, group: dist.ProcessGroup | None = N
             try:
                 checksum = _checksum(folder / name)
             except FileNotFoundError:
-                raise _damaged(folder, f"{name} is missing") from None
+                raise damaged(folder, f"{name} is missing") from None
             if checksum != files[name]["crc32"]:
-                raise _damaged(folder, f"{name} does not have the content that was written")
+                raise damaged(folder, f"{name} does not have the content that was written")
 
     ranks.each(verify_share)
+
+
+def fault_of(folder: str | Path, *, group: dist.ProcessGroup | None = None) -> str | None:
+    """What `verify_checkpoint` finds wrong, on all ranks; None where nothing is."""
+    try:
+        verify_checkpoint(folder, group=group)
+    except DamagedCheckpoint as error:
+        return error.fault
+    return None
+
+
+def damaged(folder: Path, fault: str) -> DamagedCheckpoint:
+    """The error that says of a checkpoint that `fault` is wrong with it, and which other there is."""
+    others = [other for other in _steps(folder.parent) if checkpoint_folder(folder.parent, other) != folder]
+    complete = [other for other in others if _fault(checkpoint_folder(folder.parent, other)) is None]
+    remedy = (
+        f"set checkpoint.step={complete[-1]} to go on from {checkpoint_folder(folder.parent, complete[-1])}"
+        if complete
+        else "there is no other complete checkpoint beside it; restore it from a copy"
+    )
+    error = DamagedCheckpoint(f"checkpoint {folder} cannot be used: {fault}; {remedy}")
+    error.fault = fault
+    return error
 
 
 def read_state(folder: str | Path) -> dict[str, Any]:
@@ -245,7 +268,7 @@ def latest_checkpoint(root: str | Path) -> Path | None:
 
 
 def find_checkpoint(
-    root: str | Path, step: int | None = None, verify: Callable[[Path], None] = verify_checkpoint
+    root: str | Path, step: int | None = None, verify: Callable[[Path], object] = verify_checkpoint
 ) -> Path | None:
     """The checkpoint to go on from: that of `step`, or the latest that `verify` finds whole; None without any.
 
@@ -453,16 +476,16 @@ def _read_contents(folder: Path) -> tuple[dict[str, Any], Metadata]:
     try:
         return manifest, parse((folder / METADATA).read_bytes(), manifest["files"].keys())
     except FileNotFoundError:
-        raise _damaged(folder, f"{METADATA} is missing") from None
+        raise damaged(folder, f"{METADATA} is missing") from None
     except ValueError as error:
-        raise _damaged(folder, f"{METADATA} is not what a checkpoint holds: {error}") from error
+        raise damaged(folder, f"{METADATA} is not what a checkpoint holds: {error}") from error
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """The content of state.json, all files present and of their sizes. Raises DamagedCheckpoint."""
     manifest, fault = _examine(folder)
     if fault is not None:
-        raise _damaged(folder, fault)
+        raise damaged(folder, fault)
     return manifest
 
 
@@ -489,19 +512,6 @@ def _examine(folder: Path) -> tuple[dict[str, Any], str | None]:
         if size != facts["bytes"]:
             return {}, f"{name} has {size} bytes, and {facts['bytes']} were written"
     return manifest, None
-
-
-def _damaged(folder: Path, fault: str) -> DamagedCheckpoint:
-    others = [other for other in _steps(folder.parent) if checkpoint_folder(folder.parent, other) != folder]
-    complete = [other for other in others if _fault(checkpoint_folder(folder.parent, other)) is None]
-    remedy = (
-        f"set checkpoint.step={complete[-1]} to go on from {checkpoint_folder(folder.parent, complete[-1])}"
-        if complete
-        else "there is no other complete checkpoint beside it; restore it from a copy"
-    )
-    error = DamagedCheckpoint(f"checkpoint {folder} cannot be used: {fault}; {remedy}")
-    error.fault = fault
-    return error
 
 
 def _num_bytes(own_pieces: Mapping[str, Piece]) -> int:
@@ -562,9 +572,9 @@ def _read_tensors(folder: Path, metadata: Metadata, into: dict[str, Tensor]) -> 
     try:
         reader.read_data(planner.create_local_plan(), planner).wait()
     except FileNotFoundError as error:
-        raise _damaged(folder, f"{error.filename} is gone: a run that saves there may have deleted it") from None
+        raise damaged(folder, f"{error.filename} is gone: a run that saves there may have deleted it") from None
     except pickle.UnpicklingError as error:
-        raise _damaged(folder, f"it holds something other than tensors: {error}") from error
+        raise damaged(folder, f"it holds something other than tensors: {error}") from error
 
 
 def _difference(metadata: Metadata, name: str, here: Tensor) -> str | None:
