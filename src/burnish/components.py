@@ -315,6 +315,8 @@ class RankComponents(Components):
     """The pieces of one rank of several: its part of the model, cut and loaded as `mesh` says."""
 
     mesh: Mesh | None = None
+    found: Path | None = None
+    """The folder that the driver found the model in."""
 
     @cached_property
     def device(self) -> torch.device:
@@ -334,7 +336,7 @@ class RankComponents(Components):
         assert self.mesh is not None
         recipe, precision = self.recipe, self.precision
         parallelism = Parallelism(self.mesh, recipe.parallel)
-        origin = locate(recipe.model)
+        origin = locate(recipe.model, self.found)
         if origin.implementation == "transformers":
             # It makes its modules its own way, so each rank has all of it on the host for a moment: as pages of the
             # checkpoint's files, where its types are those of the files, or become so when they are sharded.

@@ -207,14 +207,17 @@ ANSWERING_SHARE = 0.9
 
 
 class SeatedRank(Rank):
-    """A rank in a process of its own, which gets packs and gives numbers."""
+    """A rank in a process of its own, which gets packs and gives numbers.
+
+    `folder` is that of the run, `found` the one that the driver found the model in.
+    """
 
     parts: RankComponents
 
-    def __init__(self, place: Place, recipe: dict[str, Any], folder: str) -> None:
+    def __init__(self, place: Place, recipe: dict[str, Any], folder: str, found: str | None = None) -> None:
         checked = recipe_from_dict(recipe)
         mesh = Mesh(Degrees.of(checked.parallel, place.world_size), torch.device(place.device))
-        parts = RankComponents(checked, Path(folder), mesh=mesh)
+        parts = RankComponents(checked, Path(folder), mesh=mesh, found=None if found is None else Path(found))
         self._held = ExitStack()  # to the end of this process
         self._held.enter_context(parts.determinism())
         super().__init__(parts)

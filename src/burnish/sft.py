@@ -277,10 +277,12 @@ class SFT:
         phase(f"rows: {', '.join(source.name for source in self.parts.corpus.sources)}")
         if recipe.data.renderer is not None:
             phase(f"plug-ins imported: {recipe.data.renderer}")
+        found = self.parts.loaded.folder.absolute()
+        pinned = _pinned(recipe, found)
         ranks = open_ranks(
             recipe.cluster,
             "burnish.rank:SeatedRank",
-            (json.loads(recipe.model_dump_json()), str(self.folder.path.resolve())),
+            (json.loads(pinned.model_dump_json()), str(self.folder.path.resolve()), str(found)),
             device=self.parts.device.type,
             logs=self.folder.path.resolve() / "logs",
             log_level=recipe.run.log_level,
@@ -534,6 +536,14 @@ def _is_alone(recipe: Recipe) -> bool:
 def _is_one_process(recipe: Recipe) -> bool:
     is_on_cpu = recipe.run.device == "cpu" or not torch.cuda.is_available()
     return is_local(recipe.cluster, "cpu" if is_on_cpu else "cuda")
+
+
+def _pinned(recipe: Recipe, found: Path) -> Recipe:
+    """The recipe with the commit of a model of the hub, which was found in the folder `found` of the hub's cache."""
+    path = recipe.model.path
+    if path is None or Path(path).expanduser().is_dir():
+        return recipe
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": found.name})})
 
 
 def _fits(recipe: Recipe, world: int) -> bool:

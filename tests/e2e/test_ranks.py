@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_config
+from tiny import native_model, tiny_config
 from workshop import Workshop, wait_for_step, weights
 
-from burnish.recipe import read_recipe
+from burnish.model.zoo import locate
+from burnish.recipe import read_recipe, recipe_from_dict
 from burnish.sft import SFT
 from burnish.types import UserError
 
@@ -259,6 +260,37 @@ def test_what_can_be_known_before_is_refused_without_a_rank_or_a_row(
     with pytest.raises(UserError, match=re.escape(message)):
         SFT(recipe).train()
     assert not (workshop.folder / "runs/a/prepared").exists()
+
+
+def test_ranks_read_the_commit_that_the_driver_found_and_ask_the_hub_only_where_it_is_not(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, asked, opened = "1f0c" * 10, list[str](), list[Any]()
+    snapshot = workshop.folder / "hub/snapshots" / commit
+    native_model(tiny_config(), torch.float32).export(workshop.folder / "model", torch.float32)
+    shutil.copytree(workshop.folder / "model", snapshot)
+
+    def download(path: str, revision: str, **_: Any) -> str:
+        asked.append(f"{path} {revision}")
+        return str(snapshot)
+
+    def open_ranks(config: Any, target: str, args: tuple[Any, ...], **_: Any) -> None:
+        opened.extend(args)
+        raise UserError("no ranks")
+
+    monkeypatch.chdir(workshop.folder)
+    monkeypatch.setattr("burnish.model.hf_io.snapshot_download", download)
+    monkeypatch.setattr("burnish.sft.open_ranks", open_ranks)
+    keys = ["model.init=null", "model.path=owner/name", "cluster.devices_per_node=2"]
+    with pytest.raises(UserError, match="no ranks"):
+        SFT(read_recipe(workshop.recipe(), keys)).train()
+    assert asked == ["owner/name main"]
+    recipe, _, found = opened
+    model = recipe_from_dict(recipe).model
+    assert locate(model, Path(found)).folder == snapshot
+    assert asked == ["owner/name main"]
+    assert locate(model, workshop.folder / "elsewhere").folder == snapshot
+    assert asked == ["owner/name main", f"owner/name {commit}"]
 
 
 @pytest.mark.parametrize(

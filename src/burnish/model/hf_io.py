@@ -228,6 +228,15 @@ def locate_tensors(folder: Path, single: str = SINGLE) -> dict[str, Path]:
     raise UserError(f"{folder} has neither {single} nor {INDEX}; give a folder with weights, or set model.init instead")
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether the folder is here and has all files of its weights."""
+    try:
+        locate_tensors(folder)
+    except UserError:
+        return False
+    return True
+
+
 def fingerprint_weights(folder: Path) -> str:
     """Tells the weights of one folder from those of another: of every file the size, its beginning and its middle."""
     digest = hashlib.sha256()

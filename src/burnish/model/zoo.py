@@ -19,7 +19,16 @@ from burnish.config import ModelConfig
 from burnish.model.attention import Kernel, attend_sdpa, choose_attention
 from burnish.model.base import CausalLM, UnsupportedModel, saved_buffers
 from burnish.model.dense import LLAMA, QWEN2, QWEN3, DenseLM
-from burnish.model.hf_io import Box, find_folder, locate_tensors, named_weights, read_config, read_weights, whole
+from burnish.model.hf_io import (
+    Box,
+    find_folder,
+    has_weights,
+    locate_tensors,
+    named_weights,
+    read_config,
+    read_weights,
+    whole,
+)
 from burnish.model.mla import DEEPSEEK_V3, GLM4_MOE_LITE, LatentMoE
 from burnish.model.moe import Qwen3MoE, set_compute
 from burnish.types import UserError
@@ -81,9 +90,18 @@ class Origin:
     reason: str
 
 
-def locate(model: ModelConfig) -> Origin:
-    """The model of a recipe, before any weight is read. Raises UserError where there is none or none that runs it."""
-    source = Path(model.init) if model.init else find_folder(str(model.path), model.revision, model.trust_remote_code)
+def locate(model: ModelConfig, found: Path | None = None) -> Origin:
+    """The model of a recipe, before any weight is read. Raises UserError where there is none or none that runs it.
+
+    `found` is the folder that another process of the run found it in: where it is here, with all weights, nothing is
+    asked of the hub.
+    """
+    if model.init:
+        source = Path(model.init)
+    elif found is not None and has_weights(found):
+        source = found
+    else:
+        source = find_folder(str(model.path), model.revision, model.trust_remote_code)
     config = complete(read_config(source))
     return Origin(
         source if source.is_dir() else source.parent, config, *choose_implementation(model.implementation, config)
