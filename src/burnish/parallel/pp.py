@@ -23,11 +23,12 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 from torch.distributed.tensor import DTensor
+from torch.torch_version import TorchVersion
 
 from burnish.config import ParallelConfig
 from burnish.model.base import CausalLM
 from burnish.parallel.stages import SPLIT, Part, num_micro_batches, rank_of
-from burnish.types import Batch, Documents, Stats, merge
+from burnish.types import Batch, Documents, Stats, UserError, merge
 
 LAYERS, NORM, HEAD = "model.layers", "model.norm", "lm_head"
 EMBEDDING = "model.embed_tokens"
@@ -301,6 +302,31 @@ def _wide(weight: nn.Parameter) -> Tensor:
     return _local(weight.grad).to(torch.promote_types(weight.dtype, torch.float32))
 
 
+OVERRIDDEN = (
+    "_get_init_p2p_neighbors_ops",
+    "backward_one_chunk",
+    "backward_weight_one_chunk",
+    "forward_maybe_with_nosync",
+    "forward_one_chunk",
+    "get_bwd_recv_ops",
+    "get_fwd_recv_ops",
+    "get_local_bwd_output",
+    "set_local_bwd_input",
+)
+"""What `_Stage` has in place of torch's own, in every version."""
+
+
+def check_torch(stage: type, version: str) -> None:
+    """Raises UserError where torch's stages no longer call what `_Stage` overrides, and gradients would be wrong."""
+    since_2_13 = ("_post_metadata_inference_cleanup",) if TorchVersion(version) >= "2.13" else ()
+    gone = [name for name in (*OVERRIDDEN, *since_2_13) if not hasattr(stage, name)]
+    if gone:
+        raise UserError(
+            f"parallel.pp runs torch's pipeline stages of torch 2.11 to 2.13, and those of torch {version} have no "
+            f"{' and no '.join(gone)}; install torch 2.13, or set parallel.pp to 1"
+        )
+
+
 class _Stage(PipelineStage):
     """torch's stage, but micro-batches may differ in length and hold memory only while they are under way.
 
@@ -310,6 +336,7 @@ class _Stage(PipelineStage):
     """
 
     def __init__(self, engine: PipelineEngine, part: Part, model: CausalLM) -> None:
+        check_torch(PipelineStage, torch.__version__)
         self._engine = engine
         self._hidden_size: int = model.config["hidden_size"]
         self._nothing = torch.empty(0, self._hidden_size, dtype=engine.dtype, device=engine.device)

@@ -11,6 +11,7 @@ import torch
 from ranks import run_ranks
 from tiny import native_model, tiny_config
 from torch import Tensor
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 
 from burnish.config import ParallelConfig, RecipeError
@@ -22,7 +23,7 @@ from burnish.parallel.degrees import Degrees
 from burnish.parallel.execution import merge
 from burnish.parallel.fsdp import shard
 from burnish.parallel.mesh import Mesh
-from burnish.parallel.pp import PipelineEngine, fill_up, keep_part, own_parameters
+from burnish.parallel.pp import OVERRIDDEN, PipelineEngine, check_torch, fill_up, keep_part, own_parameters
 from burnish.parallel.recompute import recompute_blocks
 from burnish.parallel.stages import (
     Part,
@@ -36,7 +37,7 @@ from burnish.parallel.stages import (
 )
 from burnish.parallel.tp import VocabularyParallel, parallelize
 from burnish.train.loss import CrossEntropy
-from burnish.types import Batch, Sample, Stats
+from burnish.types import Batch, Sample, Stats, UserError
 
 CPU = torch.device("cpu")
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble")
@@ -408,3 +409,13 @@ def test_split_backward_refuses_what_goes_backward_once() -> None:
         check_split(split, "full", is_compiled=True)
     check_split(split, "full", is_compiled=False)
     check_split(parallel_of(pp=2), "selective", is_compiled=True)
+
+
+def test_a_torch_that_calls_other_methods_is_refused() -> None:
+    renamed = type("Renamed", (), dict.fromkeys(OVERRIDDEN))
+    check_torch(PipelineStage, torch.__version__)
+    check_torch(renamed, "2.12.1")
+    with pytest.raises(UserError, match=r"torch 2.14.0 have no _post_metadata_inference_cleanup; install torch 2.13"):
+        check_torch(renamed, "2.14.0")
+    with pytest.raises(UserError, match=r"have no _get_init_p2p_neighbors_ops and no backward_one_chunk"):
+        check_torch(object, "2.11.0")
