@@ -1,4 +1,4 @@
-"""The pieces of a fine-tuning: model, tokenizer, rows, layout, trainer, each opened when it is first needed.
+"""The pieces of a fine-tuning: model, execution, tokenizer, rows, each opened when it is first needed.
 
 They are what a recipe names or what was passed in from Python; nothing here runs or writes anything.
 """

@@ -319,7 +319,7 @@ class Evaluator(Protocol):
 
 
 class Trainer(Evaluator, Protocol):
-    """Five verbs, `evaluate` among them; a layout is an implementation of them."""
+    """What trains, here or on many ranks: `step`, `evaluate`, `save` with `finish_saves`, `load` and `publish`."""
 
     def step(self, inputs: StepInput) -> Stats: ...
 

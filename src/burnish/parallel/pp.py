@@ -1,6 +1,7 @@
 """One rank of a pipeline: its parts of the model, and the micro-batches of a step through them, by torch's schedules.
 
-Where the model is cut and which rank holds what is stages.py's. Sharding, scores and losses are the caller's.
+Where the model is cut and which rank holds what is stages.py's. Scores and losses are the caller's; so is sharding, but
+for what it keeps gathered, which depends on the schedule.
 Shape suffixes: T tokens of a micro-batch (those of a rank where they are cut), D hidden size.
 """
 

@@ -1,4 +1,4 @@
-"""The trainer of one rank: the five verbs over its part of the model and of the optimizer.
+"""The trainer of one rank: the verbs of `Trainer` over its part of the model and of the optimizer.
 
 Parameters are the master weights, whole or in shards; how a step runs over them, and over how many ranks, is the
 execution's. The loop, the data and the files are elsewhere.
