@@ -56,8 +56,7 @@ def test_ranks_over_two_hosts_share_values_and_form_a_group(hosts: FakeHosts, tm
         first, second = {"x": np.arange(4, dtype=np.int32)}, {"x": np.ones(1000, np.float32)}
         assert ranks.call("arrays", by_rank=[first, second]) == [6.0, 1000.0]
         assert ranks.call("arrays", by_rank=[second, second]) == [1000.0, 1000.0]
-        pending = [ranks.start("echo", number) for number in range(3)]
-        assert [call.result() for call in pending] == [[(number,)] * 2 for number in range(3)]
+        assert [ranks.call("echo", number) for number in range(3)] == [[(number,)] * 2 for number in range(3)]
         ranks.call("say", "hello")
     assert not await_end(pids)
     log = (tmp_path / "logs" / "rank-1.log").read_text()
@@ -96,6 +95,7 @@ def test_a_device_mapping_orders_ranks(hosts: FakeHosts) -> None:
     [
         (("fail", 1, "user"), "Mended", ["set a.b to 1"]),
         (("fail", 1, "other"), "ClusterError", ["rank 1 on 127.0.0.1", "KeyError: 'missing-key'", "cluster_fakes.py"]),
+        (("fail", 1, "exit"), "ClusterError", ["rank 1 on 127.0.0.1", "failed in fail: SystemExit: 3"]),
         (("die", 1), "LostRanks", ["rank 1 on 127.0.0.1", "lost in die"]),
         (("hang", 1), "ClusterError", ["hang hangs", "rank 1 of 2", "stuck_here", "cluster.timeout=3 s"]),
     ],
@@ -112,7 +112,7 @@ def test_the_first_failure_is_shown_and_ends_all(
         assert part in str(raised.value)
     assert not await_end(pids)
     with pytest.raises(ClusterError, match="asked of ranks that have ended"):
-        ranks.start("echo")
+        ranks.call("echo")
     if call[0] == "hang":
         assert "stuck_here" in (tmp_path / "rank-1.log").read_text()
         assert "Thread 0x" in (tmp_path / "rank-0.log").read_text()
@@ -121,6 +121,11 @@ def test_the_first_failure_is_shown_and_ends_all(
 def test_an_object_that_cannot_be_made(hosts: FakeHosts) -> None:
     with pytest.raises(ClusterError, match=r"rank [01] on .* failed in start: ValueError: no object on rank"):
         hosts.open("broken", num_nodes=2)
+
+
+def test_an_object_that_cannot_be_made_while_others_wait_for_it(hosts: FakeHosts) -> None:
+    with pytest.raises(ClusterError, match=r"rank 1 on .* failed in start: KeyError: 'missing-key'"):
+        hosts.open("broken on the last", num_nodes=2, meet=True, timeout=20.0)
 
 
 def test_a_lost_rank_restarts_the_run_from_where_it_stood(hosts: FakeHosts, tmp_path: Path) -> None:

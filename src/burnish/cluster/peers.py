@@ -20,26 +20,34 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from burnish.cluster.lifeline import Lifeline, Lifelines, keep_alive
 from burnish.cluster.phases import phase
-from burnish.cluster.ranks import ClusterError, Failure, Place, first, hang, raise_failure, shared_values
+from burnish.cluster.ranks import (
+    DIED,
+    POLL,
+    Answer,
+    ClusterError,
+    Failure,
+    Place,
+    await_answers,
+    failures_of,
+    first,
+    hang,
+    raise_failure,
+    shared_values,
+)
 from burnish.cluster.seat import Seat, Setting
 from burnish.config import ClusterConfig, RecipeError
 
 LOG = logging.getLogger(__name__)
 
-POLL = 0.25
-"""Seconds between two looks at whether a rank was lost while calls run."""
-GATHER = 3.0
-"""Seconds after the first failure in which other ranks may tell theirs."""
 FAREWELL = 10.0
 """Seconds that the driver has, after a failure, to say it and end; a peer that ended first would be torchrun's news."""
 LEAVE = 25.0
@@ -215,10 +223,11 @@ class PeerRanks:
         self._changed = threading.Condition()
         self._hosts, self._lines = others.hosts, others.lines
         self._number = 0
-        self._last_answer = time.monotonic()
         self._over = threading.Lock()
         try:
             missing = others.wait(config.wait)
+            if self._lines.lost:
+                raise_failure(first(self._loss(rank, "start") for rank in list(self._lines.lost)))
             if missing:
                 raise ClusterError(f"ranks {missing} did not come up within cluster.wait={config.wait:g} s")
             phase(f"ranks up: {world.size}")
@@ -234,30 +243,27 @@ class PeerRanks:
             own = replace(self._setting, logs=None, place=_device(self._setting.place, world.local_rank))
             self._seat = _Seated(others.store, lambda number, answer: self._keep(0, number, answer))
             table = {rank: host[2] for rank, host in self._hosts.items()}
-            self._send_to_all("sit", (self._setting, table), (own, table))
+            self._ask_all("sit", (self._setting, table), (own,))
             if meet:
-                self._send_to_all("meet", ())
-            self._send_to_all("build", (target, args))
+                self._ask_all("meet", ())
+            self._ask_all("start", (target, args))
         except BaseException:
             self.kill()
             raise
 
-    def _send_to_all(self, step: str, args: tuple[Any, ...], own: tuple[Any, ...] | None = None) -> None:
-        number = self._next()
-        data = pickle.dumps(args)
+    def _ask_all(self, step: str, args: tuple[Any, ...], own: tuple[Any, ...] | None = None) -> None:
+        """A step that is the same for all, but for this process, where it has `own` arguments."""
+        number, data = self._next(), pickle.dumps(args)
         for rank in range(1, self.world_size):
             self._lines.send(rank, "call", number, step, data, None, ())
-        self._seat.take(number, step, args if own is None else own, None)
-        self._wait(number, step)
+        self._seat.take(number, step, *(args if own is None else own))
+        self._answered(number, step)
 
     def _next(self) -> int:
         self._number += 1
         return self._number
 
     def call(self, method: str, *args: Any, by_rank: Sequence[Any] | None = None) -> list[Any]:
-        return self.start(method, *args, by_rank=by_rank).result()
-
-    def start(self, method: str, *args: Any, by_rank: Sequence[Any] | None = None) -> PeerCall:
         if self._over.locked():
             raise ClusterError(f"{method} was asked of ranks that have ended")
         number, common = self._next(), pickle.dumps((method, args), protocol=5)
@@ -272,48 +278,39 @@ class PeerRanks:
                     self._lines.send(rank, "call", number, "call", common, data, tuple(ranks[1:]))
                 else:
                     self._lines.send(rank, "call", number, "call", common, b"" if with_value else None, ())
-        self._seat.take(number, "call", (method, args), (by_rank[0],) if by_rank is not None else None)
-        return PeerCall(self, number, method)
+        self._seat.take(number, "call", method, args, () if by_rank is None else (by_rank[0],))
+        return self._answered(number, method)
 
-    def _keep(self, rank: int, number: int, answer: Any) -> None:
+    def _keep(self, rank: int, number: int, answer: Answer) -> None:
         with self._changed:
             self._answers[rank, number] = answer
             self._changed.notify_all()
 
-    def _wait(self, number: int, method: str) -> list[Any]:
-        """The answers to call `number`. Raises, and ends all, where ranks failed, are lost or do not answer."""
-        begun = max(time.monotonic(), self._last_answer)
-        failed_at: float | None = None
-        ranks = range(self.world_size)
-        while True:
+    def _answered(self, number: int, method: str) -> list[Any]:
+        """What came of call `number`, by rank. Raises, and ends all, where any failed, is lost or does not answer."""
+
+        def look(waiting: Sequence[int]) -> dict[int, Answer]:
             with self._changed:
-                self._changed.wait_for(lambda: all((rank, number) in self._answers for rank in ranks), POLL)
-                got = {rank: self._answers[rank, number] for rank in ranks if (rank, number) in self._answers}
-            lost = {rank: at for rank, at in self._lines.lost.items() if rank not in got}
-            if len(got) + len(lost) == self.world_size:
-                break
-            now = time.monotonic()
-            if failed_at is None and (lost or any(not done for done, _ in got.values())):
-                failed_at = now
-            if failed_at is not None and now - failed_at > GATHER:
-                break
-            if failed_at is None and now - begun > self._config.timeout:
-                self._give_up(method, [rank for rank in ranks if rank not in got])
-        failures = [result for done, result in got.values() if not done]
-        for rank, at in lost.items():
-            host, pid, _ = self._hosts[rank]
-            text = "its process died without a word: killed, out of memory, or its host is gone"
-            failures.append(Failure(rank, host, pid, method, text, "", at, is_lost=True))
+                self._changed.wait_for(lambda: all((rank, number) in self._answers for rank in waiting), POLL)
+                lost = {rank: (False, self._loss(rank, method)) for rank in waiting if rank in self._lines.lost}
+                came = [rank for rank in waiting if (rank, number) in self._answers]
+                return lost | {rank: self._answers.pop((rank, number)) for rank in came}
+
+        answers = await_answers(range(self.world_size), look, self._config.timeout)
+        failures = failures_of(answers)
         if failures:
             self.kill()
             failure = first(failures)
             raise_failure(failure, self._setting.log_of(failure.rank) if failure.rank else None)
-        for rank in ranks:
-            del self._answers[rank, number]
-        self._last_answer = time.monotonic()
-        return [got[rank][1] for rank in ranks]
+        if len(answers) < self.world_size:
+            self._give_up(method, [rank for rank in range(self.world_size) if rank not in answers])
+        return [answers[rank][1] for rank in range(self.world_size)]
 
-    def _give_up(self, method: str, ranks: Sequence[int]) -> None:
+    def _loss(self, rank: int, method: str) -> Failure:
+        host, pid, _ = self._hosts[rank]
+        return Failure(rank, host, pid, method, DIED, "", self._lines.lost[rank], is_lost=True)
+
+    def _give_up(self, method: str, ranks: Sequence[int]) -> NoReturn:
         places = {**self._lines.stacks(5.0), 0: self._seat.seat.whereabouts()}
         own_log = self._setting.log_of(0)
         if own_log is not None:
@@ -326,7 +323,7 @@ class PeerRanks:
 
     def close(self) -> None:
         if not self._over.locked():
-            self._send_to_all("leave", ())  # this process may have more to do, alone
+            self._ask_all("leave", ())  # this process may have more to do, alone
         if self._over.acquire(blocking=False):
             self._lines.end(0)
             self._lines.close()
@@ -337,18 +334,6 @@ class PeerRanks:
             timer = threading.Timer(FAREWELL, self._lines.end, (1,))
             timer.daemon = True
             timer.start()
-
-
-@dataclass(frozen=True, slots=True)
-class PeerCall:
-    """A call that runs on PeerRanks."""
-
-    ranks: PeerRanks
-    number: int
-    method: str
-
-    def result(self) -> list[Any]:
-        return self.ranks._wait(self.number, self.method)
 
 
 def check_keys(config: ClusterConfig, world: World) -> None:
@@ -378,47 +363,24 @@ def _device(place: Place, local_rank: int) -> Place:
 class _Seated:
     """A seat whose calls are done in order by a thread of its own; `answer` is told what came of each."""
 
-    def __init__(self, store: Any, answer: Any) -> None:
-        self.seat = Seat()
-        self._store = store
+    def __init__(self, store: Any, answer: Callable[[int, Answer], None]) -> None:
+        self.seat = Seat(store)
         self._answer = answer
-        self._calls: queue.Queue[tuple[int, str, Any, Any]] = queue.Queue()
+        self._calls: queue.Queue[tuple[int, str, tuple[Any, ...]]] = queue.Queue()
         threading.Thread(target=self._serve, name="rank", daemon=True).start()
 
-    def take(self, number: int, step: str, args: Any, own: Any) -> None:
-        self._calls.put((number, step, args, own))
+    def take(self, number: int, step: str, *args: Any) -> None:
+        self._calls.put((number, step, args))
 
     def _serve(self) -> None:
         while True:
-            number, step, args, own = self._calls.get()
-            self._answer(number, carry_out(self.seat, self._store, step, args, own))
-
-
-def carry_out(
-    seat: Seat, store: Any, step: str, args: tuple[Any, ...], own: tuple[Any, ...] | None
-) -> tuple[bool, Any]:
-    """(True, result) or (False, Failure) of one thing that the driver asks of a seat."""
-    if step == "call":
-        method, given = args
-        return seat.call(method, given, own or ())
-    if step == "build":
-        failure = seat.build(*args)
-        return failure is None, failure
-    try:
-        if step == "sit":
-            seat.sit(args[0])
-        elif step == "meet":
-            seat.join(store)
-        else:
-            seat.leave()
-    except Exception as error:
-        return False, Failure.of(error, seat.place, step)
-    return True, None
+            number, step, args = self._calls.get()
+            self._answer(number, self.seat.carry_out(step, *args))
 
 
 def serve(world: World) -> int:
     """Serve rank 0's calls until it says that all is done, or needs no ranks, which ends this process with status 0;
-    when it is gone, with status 1."""
+    when it is gone, with status 1, which is returned where it was gone from the start."""
     sys.stdout.flush()  # which the end of this process does not do
     numbers = (signal.SIGINT, signal.SIGTERM)
     for number in numbers:
@@ -436,19 +398,18 @@ def serve(world: World) -> int:
         LOG.error("the driver is gone: ending")
         return 1
     peer.serve()
-    return 1
 
 
 class _Peer:
     """A process that serves; values that it shares with others come from one of them, or go to them."""
 
     def __init__(self, world: World, store: Any, address: tuple[str, int], key: bytes) -> None:
-        self._world, self._store, self._key = world, store, key
-        self._seat = Seat()
+        self._world, self._key = world, key
+        self._seat = Seat(store)
         self._calls: queue.Queue[tuple[Any, ...]] = queue.Queue()
         self._values: dict[int, bytes] = {}
         self._changed = threading.Condition()
-        self._links: dict[int, Connection] = {}
+        self._links: dict[int, queue.SimpleQueue[tuple[int, bytes]]] = {}
         self._peers: dict[int, tuple[str, int]] = {}
         with socket.create_connection(address) as probe:
             self._host = probe.getsockname()[0]
@@ -457,19 +418,18 @@ class _Peer:
         hello = ("hello", world.rank, self._host, os.getpid(), self._listener.address)
         self._line = Lifeline(address, key, hello, self._on_message)
 
-    def serve(self) -> None:
+    def serve(self) -> NoReturn:
         while True:
             _, number, step, data, value, _ = self._calls.get()
             args = pickle.loads(data)
-            own = None
-            if value is not None:
-                own = (pickle.loads(value or self._await_value(number)),)
             if step == "sit":
                 setting, self._peers = args
                 place = replace(setting.place, rank=self._world.rank, host=self._host)
                 args = (replace(setting, place=_device(place, self._world.local_rank)),)
-            done, result = carry_out(self._seat, self._store, step, args, own)
-            self._line.tell("answer", self._world.rank, number, pickle.dumps((done, result), protocol=5))
+            elif step == "call":
+                args = (*args, () if value is None else (pickle.loads(value or self._await_value(number)),))
+            answer = self._seat.carry_out(step, *args)
+            self._line.tell("answer", self._world.rank, number, pickle.dumps(answer, protocol=5))
 
     def _on_message(self, message: tuple[Any, ...]) -> None:
         if message[0] == "stacks":
@@ -482,10 +442,18 @@ class _Peer:
         _, number, _, _, value, followers = message
         self._calls.put(message)
         for rank in followers:
-            with contextlib.suppress(OSError):  # a peer that is gone, of which the driver knows
-                if rank not in self._links:
-                    self._links[rank] = Client(self._peers[rank], authkey=self._key)
-                self._links[rank].send((number, value))
+            if rank not in self._links:
+                self._links[rank] = queue.SimpleQueue()
+                threading.Thread(target=self._hand_on, args=(rank,), daemon=True).start()
+            self._links[rank].put((number, value))
+
+    def _hand_on(self, rank: int) -> None:
+        """Apart from the thread that reads what the driver says, which no peer that stands still may hold up."""
+        with contextlib.suppress(OSError):  # a peer that is gone, of which the driver knows
+            link = Client(self._peers[rank], authkey=self._key)
+            keep_alive(link)
+            while True:
+                link.send(self._links[rank].get())
 
     def _accept(self) -> None:
         while True:

@@ -11,13 +11,21 @@ import re
 import socket
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from burnish.types import UserError
+
+POLL = 0.25
+"""Seconds between two looks at whether a rank was lost while calls run."""
+GATHER = 3.0
+"""Seconds after the first failure in which others may tell theirs: what comes first here need not have come first."""
+DIED = "its process died without a word: killed, out of memory, or its host is gone"
+
+Answer = tuple[bool, Any]
+"""(True, what a rank returned) or (False, its Failure)."""
 
 
 class ClusterError(UserError):
@@ -26,14 +34,6 @@ class ClusterError(UserError):
 
 class LostRanks(ClusterError):
     """A process or host that is gone: the run may be started again from its last checkpoint."""
-
-
-class Pending(Protocol):
-    """A call that runs."""
-
-    def result(self) -> list[Any]:
-        """What it returned, by rank. Raises as `Ranks.call` does."""
-        ...
 
 
 class Ranks(Protocol):
@@ -51,10 +51,6 @@ class Ranks(Protocol):
 
         A value that stands at several ranks of `by_rank`, as one object, travels once to each host at most.
         """
-        ...
-
-    def start(self, method: str, *args: Any, by_rank: Sequence[Any] | None = None) -> Pending:
-        """The same without waiting. Calls run in the order in which they were started."""
         ...
 
     def close(self) -> None:
@@ -121,12 +117,34 @@ def _pickled(error: BaseException) -> bytes | None:
     return data
 
 
+def await_answers(
+    ranks: Iterable[int], look: Callable[[Sequence[int]], Mapping[int, Answer]], timeout: float
+) -> dict[int, Answer]:
+    """What `ranks` answer to one call, by rank. `look` is given those that are waited for, and returns, after POLL
+    seconds at most, what came of them; a loss is a Failure too.
+
+    Less than all are there where a rank failed and others said nothing for GATHER seconds more, or where none failed
+    within `timeout` seconds.
+    """
+    answers: dict[int, Answer] = {}
+    deadline, has_failed = time.monotonic() + timeout, False
+    while (waiting := [rank for rank in ranks if rank not in answers]) and time.monotonic() < deadline:
+        answers |= look(waiting)
+        if not has_failed and not all(done for done, _ in answers.values()):
+            deadline, has_failed = time.monotonic() + GATHER, True
+    return answers
+
+
+def failures_of(answers: Mapping[int, Answer]) -> list[Failure]:
+    return [result for done, result in answers.values() if not done]
+
+
 def first(failures: Iterable[Failure]) -> Failure:
     """The failure that the others follow from: a lost process, else the earliest that is no peer's echo."""
     return min(failures, key=lambda failure: (not failure.is_lost, failure.is_echo, failure.at))
 
 
-def raise_failure(failure: Failure, log: str | None = None) -> None:
+def raise_failure(failure: Failure, log: str | None = None) -> NoReturn:
     """Raise what the user sees of `failure`; `log` names the file where more may stand."""
     if failure.exception is not None:
         raise pickle.loads(failure.exception)
@@ -187,14 +205,6 @@ class LocalRanks:
     def call(self, method: str, *args: Any, by_rank: Sequence[Any] | None = None) -> list[Any]:
         own = () if by_rank is None else (by_rank[0],)
         return [getattr(self._object, method)(*args, *own)]
-
-    def start(self, method: str, *args: Any, by_rank: Sequence[Any] | None = None) -> Pending:
-        done: Future[list[Any]] = Future()
-        try:
-            done.set_result(self.call(method, *args, by_rank=by_rank))
-        except Exception as error:
-            done.set_exception(error)
-        return done
 
     def close(self) -> None:
         if self._has_met:

@@ -15,26 +15,35 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from burnish.cluster.lifeline import Lifeline, Lifelines
 from burnish.cluster.phases import phase
 from burnish.cluster.placement import await_hosts, connected, number_of, place_actors, shown_as
-from burnish.cluster.ranks import ClusterError, Failure, Place, counted, first, hang, raise_failure, shared_values
+from burnish.cluster.ranks import (
+    DIED,
+    POLL,
+    Answer,
+    ClusterError,
+    Failure,
+    Place,
+    await_answers,
+    counted,
+    failures_of,
+    first,
+    hang,
+    raise_failure,
+    shared_values,
+)
 from burnish.cluster.seat import Seat, Setting, show
 from burnish.config import ClusterConfig
 
 LOG = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
-POLL = 0.25
-"""Seconds between two looks at whether a rank was lost while calls run."""
-GATHER = 3.0
-"""Seconds after the first failure in which others may tell theirs: what comes first here need not have come first."""
 SHOWN = 8
 """Ranks whose pids a line on the console has room for; each says its own in its log."""
 HEAD_SILENCE = 8.0
@@ -68,7 +77,6 @@ class RayRanks:
         self._head_gone = False
         self._over = threading.Lock()
         self._ender: threading.Thread | None = None
-        self._last_answer = time.monotonic()
         try:
             self._start(target, args, device, None if logs is None else logs.absolute(), log_level, fits, meet)
         except BaseException:
@@ -118,23 +126,15 @@ class RayRanks:
                     import_path=tuple(os.path.abspath(entry) for entry in sys.path),
                 )
             )
-        pids = self._all("sit", [(setting, self._lines.address, key) for setting in self._settings])
+        pids = self._ask_all("sit", [(setting, self._lines.address, key) for setting in self._settings])
         self._pids = dict(enumerate(pids))
         phase(f"ranks up: {'pids ' + ', '.join(map(str, pids)) if len(pids) <= SHOWN else len(pids)}")
         if meet:
-            store = self._resolve([self._actors[0].open_store.remote(placed[0][0].ip)], "meet", [0])[0]
-            self._all("meet", [(store,)] * self.world_size)
-        failures = self._all("build", [(target, args)] * self.world_size)
-        self._raise_any([failure for failure in failures if failure is not None])
-
-    def _all(self, step: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        refs = [getattr(actor, step).remote(*given) for actor, given in zip(self._actors, arguments, strict=True)]
-        return self._resolve(refs, step, range(self.world_size))
+            (store,) = self._ask({0: ("open_store", placed[0][0].ip)})
+            self._ask_all("meet", [(store,)] * self.world_size)
+        self._ask_all("start", [(target, args)] * self.world_size)
 
     def call(self, method: str, *args: Any, by_rank: Sequence[Any] | None = None) -> list[Any]:
-        return self.start(method, *args, by_rank=by_rank).result()
-
-    def start(self, method: str, *args: Any, by_rank: Sequence[Any] | None = None) -> RayCall:
         if self._over.locked():
             self.kill()  # waits for whoever ends them
             raise ClusterError(f"{method} was asked of ranks that have ended")
@@ -146,78 +146,62 @@ class RayRanks:
             values, indices = shared_values(by_rank)
             stored = [ray.put((value,)) for value in values]
             owns = [stored[index] for index in indices]
-        refs = [actor.call.remote(method, common, own) for actor, own in zip(self._actors, owns, strict=True)]
-        return RayCall(self, refs, method)
+        return self._ask_all("call", [(method, common, own) for own in owns])
 
-    def _answers(self, refs: list[Any], method: str) -> list[Any]:
-        answers = self._resolve(refs, method, range(self.world_size))
-        self._raise_any([result for done, result in answers if not done])
-        return [result for _, result in answers]
+    def _ask_all(self, step: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        return self._ask({rank: (step, *given) for rank, given in enumerate(arguments)})
 
-    def _resolve(self, refs: list[Any], method: str, ranks: Sequence[int]) -> list[Any]:
-        """What `refs`, one of each of `ranks`, come to. Raises, and ends all, where ranks are lost or do not answer."""
-        import ray
-        from ray import exceptions
+    def _ask(self, steps: Mapping[int, tuple[Any, ...]]) -> list[Any]:
+        """What came of a step of each of some ranks. Raises, and ends all, where one failed, is lost or silent."""
+        step, *given = steps[0]
+        method = given[0] if step == "call" else step
+        refs = {rank: self._actors[rank].carry_out.remote(*step) for rank, step in steps.items()}
 
-        begun = max(time.monotonic(), self._last_answer)
-        failures: dict[int, Failure] = {}
-        answers: dict[int, Any] = {}
-        failed_at: float | None = None
-        while len(answers) + len(failures) < len(refs):
-            waiting = [i for i in range(len(refs)) if i not in answers and i not in failures]
-            ready, _ = ray.wait([refs[i] for i in waiting], num_returns=len(waiting), timeout=POLL)
-            for i in waiting:
-                if refs[i] in ready:
-                    try:
-                        answers[i] = ray.get(refs[i])
-                    except exceptions.RayTaskError as error:
-                        failures[i] = self._unexpected(ranks[i], method, error)
-                    except exceptions.RayError as error:
-                        failures[i] = self._loss(ranks[i], method, error)
-                elif ranks[i] in self._lost:
-                    failures[i] = self._loss(ranks[i], method, None)
-            if self._head_gone:
-                self.kill()
-                raise ClusterError(f"the head of the Ray cluster at {self._head} is gone; the run ended in {method}")
-            bad = failures or any(_failed(answer) for answer in answers.values())
-            if bad and failed_at is None:
-                failed_at = time.monotonic()
-            if failed_at is not None and time.monotonic() - failed_at > GATHER:
-                break
-            if failed_at is None and time.monotonic() - begun > self._config.timeout and len(answers) < len(refs):
-                self._give_up(method, [ranks[i] for i in range(len(refs)) if i not in answers])
-        told = [answer[1] for answer in answers.values() if _failed(answer)]
-        self._raise_any([*failures.values(), *told])
-        self._last_answer = time.monotonic()
-        return [answers[i] for i in range(len(refs))]
+        def look(waiting: Sequence[int]) -> dict[int, Answer]:
+            return self._look(method, {rank: refs[rank] for rank in waiting})
 
-    @property
-    def _lost(self) -> dict[int, float]:
-        return self._lines.lost if self._settings else {}
-
-    def _loss(self, rank: int, method: str, error: Exception | None) -> Failure:
-        from ray import exceptions
-
-        text = "its process died without a word: killed, out of memory, or its host is gone"
-        if isinstance(error, exceptions.NodeDiedError):
-            text = "its host is gone"
-        at = self._lost.get(rank, time.time())
-        host = self._settings[rank].place.host if self._settings else "a host"
-        return Failure(rank, host, self._pids.get(rank, 0), method, text, "", at, is_lost=True)
-
-    def _unexpected(self, rank: int, method: str, error: Exception) -> Failure:
-        cause = getattr(error, "cause", None) or error
-        host = self._settings[rank].place.host if self._settings else "a host"
-        text = f"{type(cause).__name__}: {cause}"
-        return Failure(rank, host, self._pids.get(rank, 0), method, text, str(error), time.time())
-
-    def _raise_any(self, failures: Sequence[Failure]) -> None:
+        answers = await_answers(refs, look, self._config.timeout)
+        failures = failures_of(answers)
         if failures:
             self.kill()
             failure = first(failures)
-            raise_failure(failure, self._settings[failure.rank].log_of(failure.rank) if self._settings else None)
+            raise_failure(failure, self._settings[failure.rank].log_of(failure.rank))
+        if len(answers) < len(refs):
+            self._give_up(method, [rank for rank in refs if rank not in answers])
+        return [answers[rank][1] for rank in refs]
 
-    def _give_up(self, method: str, ranks: Sequence[int]) -> None:
+    def _look(self, method: str, refs: Mapping[int, Any]) -> dict[int, Answer]:
+        """Those of `refs`, by rank, of which something came within POLL seconds, or nothing will any more."""
+        import ray
+        from ray import exceptions
+
+        ready, _ = ray.wait(list(refs.values()), num_returns=len(refs), timeout=POLL)
+        found: dict[int, Answer] = {}
+        for rank, ref in refs.items():
+            if ref in ready:
+                try:
+                    found[rank] = ray.get(ref)
+                except exceptions.RayTaskError as error:
+                    cause = getattr(error, "cause", None) or error
+                    found[rank] = False, self._failure(rank, method, f"{type(cause).__name__}: {cause}", str(error))
+                except exceptions.RayError as error:
+                    gone = isinstance(error, exceptions.NodeDiedError)
+                    found[rank] = False, self._loss(rank, method, "its host is gone" if gone else DIED)
+            elif rank in self._lines.lost:
+                found[rank] = False, self._loss(rank, method, DIED)
+        if self._head_gone:
+            self.kill()
+            raise ClusterError(f"the head of the Ray cluster at {self._head} is gone; the run ended in {method}")
+        return found
+
+    def _failure(self, rank: int, method: str, text: str, traceback: str = "", **more: Any) -> Failure:
+        host, at = self._settings[rank].place.host, self._lines.lost.get(rank, time.time())
+        return Failure(rank, host, self._pids.get(rank, 0), method, text, traceback, at, **more)
+
+    def _loss(self, rank: int, method: str, text: str) -> Failure:
+        return self._failure(rank, method, text, is_lost=True)
+
+    def _give_up(self, method: str, ranks: Sequence[int]) -> NoReturn:
         places = self._lines.stacks(5.0)
         self.kill()
         waited_for = {rank: f"{self._settings[rank].place.host} (pid {self._pids.get(rank)})" for rank in ranks}
@@ -272,18 +256,6 @@ class RayRanks:
         _within(20, end)
 
 
-@dataclass(frozen=True, slots=True)
-class RayCall:
-    """A call that runs on RayRanks."""
-
-    ranks: RayRanks
-    refs: list[Any]
-    method: str
-
-    def result(self) -> list[Any]:
-        return self.ranks._answers(self.refs, self.method)
-
-
 class Actor(Seat):
     """A rank's process, as Ray starts it."""
 
@@ -328,10 +300,6 @@ def _end_without_ray() -> None:
         with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or nobody reads it any more
             stream.flush()
     os._exit(1)
-
-
-def _failed(answer: Any) -> bool:
-    return isinstance(answer, tuple) and len(answer) == 2 and answer[0] is False and isinstance(answer[1], Failure)
 
 
 def _within(seconds: float, work: Callable[[], None]) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 from burnish.cluster import numa
 from burnish.cluster.lifeline import Address, Lifeline
 from burnish.cluster.phases import phase
-from burnish.cluster.ranks import Failure, Place
+from burnish.cluster.ranks import Answer, Failure, Place
 
 LOG = logging.getLogger(__name__)
 
@@ -55,15 +55,34 @@ class Setting:
 
 
 class Seat:
-    """Holds a rank's object and carries out calls, one at a time."""
+    """Holds a rank's object and carries out what the driver asks, one thing at a time. `store` is where the ranks meet,
+    if that is there already."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: Any = None) -> None:
         self._object: Any = None
-        self._store: Any = None
+        self._store: Any = store
         self._line: Lifeline | None = None
         self._log: Any = None
         self._calling: str | None = None
         self._thread = threading.get_ident()
+
+    def carry_out(self, step: str, *args: Any) -> Answer:
+        """What came of `step`, a method of this class: `sit`, `meet`, `start`, `call`, `leave`."""
+        name = args[0] if step == "call" else step
+        self._calling, self._thread = name, threading.get_ident()
+        if self._log is not None:
+            # For a rank that holds the interpreter's lock and so cannot answer the driver.
+            faulthandler.dump_traceback_later(self.setting.timeout + 2, file=self._log)
+        try:
+            return True, getattr(self, step)(*args)
+        except BaseException as error:  # sys.exit too: whoever serves the calls goes on, and the driver is told
+            LOG.debug("failed in %s", name, exc_info=True)
+            if self._log is not None:
+                traceback.print_exception(error, file=self._log)
+            return False, Failure.of(error, self.place, name)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            self._calling = None
 
     def sit(self, setting: Setting) -> None:
         """Take the place: environment, working directory, log."""
@@ -124,21 +143,17 @@ class Seat:
         )
         return host, port
 
-    def meet(self, address: Address) -> None:
-        """Form torch's process group with the others, at rank 0's store."""
-        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
-        if self._store is None:
-            timeout = timedelta(seconds=self.setting.timeout)
-            self._store = TCPStore(*address, self.place.world_size, is_master=False, timeout=timeout)
-        self.join(self._store)
-
-    def join(self, store: Any) -> None:
-        """The same at a store that is there."""
+    def meet(self, address: Address | None = None) -> None:
+        """Form torch's process group with the others; where no store is there yet, at rank 0's, which has `address`."""
         import torch
         import torch.distributed as dist
+        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
         from torch.distributed.distributed_c10d import PrefixStore
 
+        if self._store is None:
+            assert address is not None
+            timeout = timedelta(seconds=self.setting.timeout)
+            self._store = TCPStore(*address, self.place.world_size, is_master=False, timeout=timeout)
         cuda = self.place.device.startswith("cuda")
         if cuda:
             torch.cuda.set_device(self.place.device)
@@ -151,7 +166,7 @@ class Seat:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=PrefixStore("burnish", store),
+            store=PrefixStore("burnish", self._store),
             rank=self.place.rank,
             world_size=self.place.world_size,
             timeout=timedelta(seconds=self.setting.timeout + PATIENCE),
@@ -166,33 +181,13 @@ class Seat:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def build(self, target: str, args: tuple[Any, ...]) -> Failure | None:
-        """Make the object `target(place, *args)`, module:Class; what went wrong, else None."""
-        done, result = self._guarded("start", lambda: resolve_name(target)(self.place, *args))
-        if not done:
-            return result
-        self._object = result
-        return None
+    def start(self, target: str, args: tuple[Any, ...]) -> None:
+        """Make the object `target(place, *args)`, module:Class."""
+        self._object = resolve_name(target)(self.place, *args)
 
-    def call(self, method: str, args: tuple[Any, ...], own: tuple[Any, ...]) -> tuple[bool, Any]:
-        """(True, what the object's method returned) or (False, the Failure)."""
-        return self._guarded(method, lambda: getattr(self._object, method)(*args, *own))
-
-    def _guarded(self, method: str, work: Any) -> tuple[bool, Any]:
-        self._calling, self._thread = method, threading.get_ident()
-        if self._log is not None:
-            # For a rank that holds the interpreter's lock and so cannot answer the driver.
-            faulthandler.dump_traceback_later(self.setting.timeout + 2, file=self._log)
-        try:
-            return True, work()
-        except Exception as error:
-            LOG.debug("failed in %s", method, exc_info=True)
-            if self._log is not None:
-                traceback.print_exception(error, file=self._log)
-            return False, Failure.of(error, self.place, method)
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-            self._calling = None
+    def call(self, method: str, args: tuple[Any, ...], own: tuple[Any, ...]) -> Any:
+        """What the object's method returns."""
+        return getattr(self._object, method)(*args, *own)
 
     def stacks(self) -> str:
         """Write the stacks of all threads into the log, where there is one; where the object's thread is."""

@@ -25,6 +25,8 @@ class Fake:
         if note == "broken":
             raise ValueError(f"no object on rank {place.rank}")
         self.place_, self.note = place, note
+        if note == "broken on the last":
+            self.total_but(place.world_size - 1, "fail")
         self.folder = folder
         phase("object made")
 
@@ -54,7 +56,8 @@ class Fake:
     def fail(self, rank: int, kind: str, delay: float = 0.0) -> None:
         if self.place_.rank == rank:
             time.sleep(delay)
-            raise {"user": Mended("set a.b to 1"), "other": KeyError("missing-key")}[kind]
+            errors = {"user": Mended("set a.b to 1"), "other": KeyError("missing-key"), "exit": SystemExit(3)}
+            raise errors[kind]
 
     def die(self, rank: int) -> None:
         if self.place_.rank == rank:

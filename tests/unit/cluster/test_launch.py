@@ -253,7 +253,7 @@ def test_world_of_one_is_local() -> None:
     assert ranks.call("place")[0][:3] == (0, 1, 0)
     assert ranks.call("echo", 1, by_rank=["mine"]) == [(1, "mine")]
     with pytest.raises(KeyError):
-        ranks.start("fail", 0, "other").result()
+        ranks.call("fail", 0, "other")
 
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "5"}

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,16 @@ def _process(rank: int, world: int, port: int, drive: Callable[..., Any], folder
         sys.exit(1)
 
 
-def run_peers(world: int, drive: Callable[..., Any], folder: Path) -> tuple[str | None, Any, list[int | None]]:
-    """(error, result) of the driver and the exit status of every process."""
+def run_peers(
+    world: int, drive: Callable[..., Any], folder: Path, absent: int = 0
+) -> tuple[str | None, Any, list[int | None]]:
+    """(error, result) of the driver and the exit status of every process, of which the last `absent` never come."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     receiver, sender = COMMANDS.Pipe(duplex=False)
     processes = [
-        COMMANDS.Process(target=_process, args=(rank, world, port, drive, str(folder), sender)) for rank in range(world)
+        COMMANDS.Process(target=_process, args=(rank, world, port, drive, str(folder), sender))
+        for rank in range(world - absent)
     ]
     try:
         for process in processes:
@@ -63,20 +67,19 @@ def run_peers(world: int, drive: Callable[..., Any], folder: Path) -> tuple[str 
             process.kill()
 
 
-def _open(folder: Path, timeout: float = 60.0, **more: Any) -> Any:
+def _open(folder: Path, timeout: float = 60.0, note: str = "note", **more: Any) -> Any:
     from burnish.cluster.launch import open_ranks
     from burnish.config import ClusterConfig
 
     config = ClusterConfig(timeout=timeout, env={"OF_RANK": 1}, **more)
-    return open_ranks(config, "cluster_fakes:Fake", ("note", str(folder)), device="cpu", logs=folder / "logs")
+    return open_ranks(config, "cluster_fakes:Fake", (note, str(folder)), device="cpu", logs=folder / "logs")
 
 
 def _works(folder: Path) -> Any:
     ranks = _open(folder)
     first = {"x": np.arange(3, dtype=np.int32)}
     second = {"x": np.ones((4, 100_000), np.float32)}
-    pending = [ranks.start("echo", number) for number in range(3)]
-    answers = [call.result() for call in pending]
+    answers = [ranks.call("echo", number) for number in range(3)]
     ranks.call("say", "hello")
     result = (
         [place[:3] for place in ranks.call("place")],
@@ -112,6 +115,14 @@ def _user_error(folder: Path) -> None:
     _open(folder).call("fail", 1, "user")
 
 
+def _fails_as_it_is_made(folder: Path) -> None:
+    _open(folder, timeout=20.0, note="broken on the last")
+
+
+def _exits(folder: Path) -> None:
+    _open(folder, timeout=20.0).call("fail", 0, "exit")
+
+
 def _dies(folder: Path) -> None:
     _open(folder).call("total_but", 1, "die")
 
@@ -125,6 +136,8 @@ def _hangs(folder: Path) -> None:
     [
         (_fails, ["ClusterError: rank 1", "KeyError: 'missing-key'", "cluster_fakes.py", "rank-1.log"]),
         (_user_error, ["Mended: set a.b to 1"]),
+        (_fails_as_it_is_made, ["ClusterError: rank 1", "failed in start: KeyError: 'missing-key'"]),
+        (_exits, ["ClusterError: rank 0", "failed in fail: SystemExit: 3"]),
         (_dies, [f"{LostRanks.__name__}: rank 1", "died without a word"]),
         (_hangs, [f"{ClusterError.__name__}: total_but hangs", "rank 0", "in total", "rank 1", "stuck_here"]),
     ],
@@ -138,6 +151,43 @@ def test_a_failure_ends_all_with_its_text(drive: Callable[..., Any], parts: list
     assert statuses[1] in (1, -signal.SIGKILL)
     if drive is _hangs:
         assert "stuck_here" in (tmp_path / "logs" / "rank-1.log").read_text()
+
+
+def _loses_one_before_all_are_here(folder: Path) -> None:
+    from burnish.cluster.peers import environment_world, gathering
+
+    world = environment_world(os.environ)
+    assert world is not None
+    others = gathering(world)
+    while 1 not in others.hosts:
+        time.sleep(0.05)
+    os.kill(others.hosts[1][1], signal.SIGKILL)
+    _open(folder, wait=20.0)
+
+
+def test_a_rank_that_is_lost_before_all_are_here_is_named(tmp_path: Path) -> None:
+    error, _, _ = run_peers(3, _loses_one_before_all_are_here, tmp_path, absent=1)
+    assert error is not None
+    assert error.startswith(f"{LostRanks.__name__}: rank 1 on 127.0.0.1 (pid ")
+
+
+def _shares_with_one_that_stands_still(folder: Path) -> None:
+    ranks = _open(folder, timeout=3.0)
+    pids = [place[3] for place in ranks.call("place")]
+    shared = {"x": np.ones(4_000_000, np.float32)}  # more than a connection holds that nobody reads
+    ranks.call("arrays", by_rank=[{}, shared, shared])
+    os.kill(pids[2], signal.SIGSTOP)
+    try:
+        ranks.call("arrays", by_rank=[{}, shared, shared])
+    finally:
+        os.kill(pids[2], signal.SIGCONT)
+
+
+def test_who_hands_a_value_on_is_not_held_up_by_one_that_stands_still(tmp_path: Path) -> None:
+    error, _, _ = run_peers(3, _shares_with_one_that_stands_still, tmp_path)
+    assert error is not None
+    assert "no answer within cluster.timeout=3 s from rank 2 of 3" in error
+    assert "but for rank 2: a process that is stopped" in error
 
 
 def _is_killed(folder: Path) -> None:
