@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from burnish.model.vocabulary import TokenizerFacts
 from burnish.observe.metrics import Stopwatch
 from burnish.parallel.degrees import Degrees
 from burnish.parallel.mesh import Mesh
-from burnish.parallel.weights import local_part
+from burnish.parallel.weights import export, local_part
 from burnish.rank import RankGroup, answering_device, packed, unpacked
 from burnish.recipe import recipe_from_dict
 from burnish.types import Sample, StepInput, Weighted
@@ -104,6 +105,50 @@ def test_a_model_of_transformers_is_cut_on_the_host_and_widened_as_it_is_cut(tmp
     (first, whole), (second, _) = run_ranks(2, shards_of_transformers, str(tmp_path))
     assert first + second == whole
     assert 0.4 * whole < first < 0.6 * whole
+
+
+LARGE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 20, "head_dim": 64, "vocab_size": 4096}
+"""Sizes of a model of 210 MB in fp32, of which no tensor has more than 9 MB."""
+SHARD = 2 * 10**7
+"""Bytes of a file."""
+
+
+def allow(num_bytes: float) -> None:
+    """Let this process allocate so much beside what it has, the pages of a file that it maps included."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    held = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (held + int(num_bytes), resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def start_and_export(folder: Path, parallel: dict[str, Any]) -> int:
+    """Bytes of this rank's weights, which are read and exported in little more memory than they and a file take."""
+    held, mesh = 0, Mesh(Degrees(**parallel), torch.device("cpu"))
+    for name in ("small", "large"):
+        keys: dict[str, Any] = {"data": {}, "model": {"path": str(folder / name)}, "precision": {"compute": "fp32"}}
+        parts = RankComponents(recipe_from_dict(keys | {"parallel": parallel}), folder, mesh=mesh)
+        if name == "large":  # modules, and the threads of groups, are there by now
+            allow(sum(file.stat().st_size for file in (folder / name).glob("*.safetensors")) / 2 + 3 * SHARD)
+        execution = parts.execution
+        if name == "large":
+            allow(4 * SHARD)
+        export(execution.stages, folder / f"{name}-exported", torch.float32, execution.weight_names(), SHARD)
+        held = sum(local_part(parameter)[0].nbytes for parameter in execution.parameters().values())
+    return held
+
+
+@pytest.mark.parametrize("parallel", [{"dp_shard": 2}, {"tp": 2}], ids=str)
+def test_no_rank_holds_the_whole_model_at_a_start_or_an_export(tmp_path: Path, parallel: dict[str, Any]) -> None:
+    for name, config in (("small", tiny_config()), ("large", tiny_config() | LARGE)):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}-exported").mkdir()
+        native_model(config, torch.float32).export(tmp_path / name, torch.float32, max_shard_bytes=SHARD)
+    held = run_ranks(2, start_and_export, tmp_path, parallel)
+    files = sorted((tmp_path / "large").glob("*.safetensors"))
+    whole = sum(file.stat().st_size for file in files)
+    assert whole > 10 * SHARD
+    assert max(held) < 0.52 * whole
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "large-exported" / file.name).read_bytes()
 
 
 def test_the_parts_of_a_step_take_as_long_as_on_the_slowest_rank() -> None:
