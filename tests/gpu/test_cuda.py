@@ -12,6 +12,7 @@ import torch
 from tiny import tiny_config
 from workshop import make_rows, write_jsonl
 
+from burnish.parallel.offload import offload_activations
 from burnish.recipe import recipe_from_dict
 from burnish.sft import SFT, Result
 
@@ -75,6 +76,28 @@ def test_what_lies_on_the_host_changes_no_number(override: str) -> None:
     found = train("run.dir=runs/other", *common, override).summary
     assert found["first_eval_loss"] == pytest.approx(plain["first_eval_loss"], rel=1e-5)
     assert found["final_eval_loss"] == pytest.approx(plain["final_eval_loss"], rel=1e-3)
+
+
+def test_activations_that_come_back_while_the_device_computes_are_whole() -> None:
+    """Copies and products take about as long as each other, and memory is used again at once."""
+    torch.manual_seed(0)
+    x_TD = torch.randn(8192, 2048, device="cuda")
+    found = []
+    for is_offloaded in (False, True):
+        torch.manual_seed(1)
+        blocks = [torch.nn.Sequential(torch.nn.Linear(2048, 2048), torch.nn.Tanh()).cuda() for _ in range(6)]
+        if is_offloaded:
+            offload_activations(blocks)
+        for _ in range(4):
+            hidden_TD = x_TD
+            for block in blocks:
+                hidden_TD = block(hidden_TD)
+            hidden_TD.sum().backward()
+        found.append([parameter.grad for block in blocks for parameter in block.parameters()])
+    for plain, offloaded in zip(*found, strict=True):
+        assert plain is not None
+        assert offloaded is not None
+        assert torch.equal(plain, offloaded)
 
 
 @pytest.mark.parametrize("implementation", ["native", "transformers"])

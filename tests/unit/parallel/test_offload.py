@@ -45,9 +45,9 @@ def test_weights_and_small_tensors_stay_and_a_tensor_moves_once(monkeypatch: pyt
     moved: list[Tensor] = []
 
     class Copy(offload._Copy):
-        def __init__(self, tensor: Tensor) -> None:
+        def __init__(self, tensor: Tensor, copies: offload._Copies) -> None:
             moved.append(tensor)
-            super().__init__(tensor)
+            super().__init__(tensor, copies)
 
     monkeypatch.setattr(offload, "_Copy", Copy)
     monkeypatch.setattr(offload, "SMALLEST", 5000)
@@ -65,6 +65,46 @@ def test_weights_and_small_tensors_stay_and_a_tensor_moves_once(monkeypatch: pyt
     offload.offload_activations([doubled])
     doubled(x).sum().backward()
     assert len({(t.data_ptr(), t.shape) for t in moved}) == len(moved)
+
+
+def test_what_a_block_kept_is_fetched_when_the_backward_of_the_next_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once, before it is asked for; nothing of another micro-batch, and of a micro-batch's last block nothing."""
+    events: list[tuple[str, float]] = []
+
+    class Copy(offload._Copy):
+        def fetch(self) -> None:
+            events.append(("fetch", self._host[0, 0].item()))
+
+        def back(self) -> Tensor:
+            tensor = super().back()
+            events.append(("back", tensor[0, 0].item()))
+            return tensor
+
+    class Named(torch.nn.Module):
+        """Keeps two tensors, which begin with a number."""
+
+        def forward(self, x_TD: Tensor, number: float) -> Tensor:
+            one, two = (torch.full_like(x_TD, number + part) for part in (0.0, 0.5))
+            return x_TD * one * two
+
+    monkeypatch.setattr(offload, "SMALLEST", 0)
+    monkeypatch.setattr(offload, "_Copy", Copy)
+    blocks = [Named() for _ in range(3)]
+    offload_activations(blocks)
+    outputs = []
+    for start in (0, 3):
+        x_TD = torch.ones(2, 2, requires_grad=True)
+        for number, block in enumerate(blocks, start):
+            x_TD = block(x_TD, float(number))
+        outputs.append(x_TD)
+    for output in reversed(outputs):
+        output.sum().backward()
+    expected = []
+    for first in (3.0, 0.0):
+        for number in (first + 2, first + 1, first):
+            fetched = [("fetch", number - 1), ("fetch", number - 0.5)] if number > first else []
+            expected += [*fetched, ("back", number + 0.5), ("back", number)]
+    assert events == expected
 
 
 def test_every_second_block_is_recomputed_and_full_keeps_inputs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
