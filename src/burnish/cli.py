@@ -199,9 +199,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(parsed)
     except UserError as error:
+        from burnish.cluster.launch import end_without_ray
+        from burnish.cluster.ranks import LostHead
         from burnish.config import RecipeError
 
         print(f"burnish: error: {error}", file=sys.stderr)
+        if isinstance(error, LostHead):
+            end_without_ray(1)
         return 2 if isinstance(error, RecipeError) or parsed.command == "inspect" else 1
     except Interrupted as signal:
         print(f"burnish: {signal}", file=sys.stderr)

@@ -165,17 +165,23 @@ def test_a_host_that_comes_late_and_one_that_is_lost(hosts: FakeHosts, caplog: p
 
 
 DRIVER = """
-import os, sys, time
+import atexit, os, sys, time
+atexit.register(print, "a hook of its own", flush=True)
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from burnish.cluster.launch import open_ranks
+from burnish.cluster.ranks import ClusterError
 from burnish.config import ClusterConfig
 keys = eval(sys.argv[2])
 if __name__ == "__main__":
     ranks = open_ranks(ClusterConfig(object_store_memory=80_000_000, **keys), "cluster_fakes:Fake", device="cpu",
                        logs=Path(sys.argv[3]), meet=False)
     print("ready", *[place[3] for place in ranks.call("place")], flush=True)
-    ranks.call(*sys.argv[4:5], *[int(a) for a in sys.argv[5:]])
+    try:
+        ranks.call(*sys.argv[4:5], *[int(a) for a in sys.argv[5:]])
+    except ClusterError as error:
+        print(error, flush=True)
+        sys.exit(7)
 """
 
 
@@ -225,6 +231,50 @@ def test_ranks_in_a_cluster_end_with_a_driver_that_is_killed(hosts: FakeHosts, t
         assert not await_end(ranks)
 
 
+ADDRESSES = """
+import os, sys
+import ray
+from ray._private import services
+from burnish.cluster.placement import connected
+from burnish.config import ClusterConfig
+from burnish.types import UserError
+services.node_ip_address_from_perspective = lambda address=None: "192.0.2.9"  # whatever this machine has
+NAMES = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "BURNISH_RAY")
+patched = lambda: (sys.excepthook, services.ConsolePopen, services.get_node_ip_address(), *map(os.environ.get, NAMES))
+before = patched()
+config = ClusterConfig(devices_per_node=1, object_store_memory=80_000_000)
+with connected(config, "cpu"):
+    print(ray.util.get_node_ip_address(), {node["NodeManagerAddress"] for node in ray.nodes()})
+    try:
+        with connected(config, "cpu"):
+            pass
+    except UserError as error:
+        print(error, ray.is_initialized())
+print(patched() == before, before[2])
+services.get_localhost_ip = lambda: "127.9.9.9"
+import ipaddress
+class Address(ipaddress.IPv4Address):
+    is_loopback = False
+ipaddress.ip_address = Address
+try:
+    with connected(config, "cpu"):
+        pass
+except UserError as error:
+    print(error, ray.is_initialized())
+"""
+
+
+def test_a_ray_of_our_own_is_on_loopback_whenever_ray_was_imported() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
+    done = subprocess.run([sys.executable, "-c", ADDRESSES], stdout=-1, text=True, env=environment, timeout=120)
+    own, twice, after, other = done.stdout.splitlines()
+    assert own == "127.0.0.1 {'127.0.0.1'}"
+    assert twice == "this process is in a Ray cluster already; call ray.shutdown() before the run True"
+    assert after == "True 192.0.2.9"
+    assert other.startswith("the run's own Ray took the address 127.9.9.9, where others reach it")
+    assert other.endswith("False")
+
+
 @pytest.mark.slow
 def test_jobs_side_by_side_on_one_host(tmp_path: Path) -> None:
     with (
@@ -245,8 +295,9 @@ def test_a_head_that_is_killed_ends_the_run(tmp_path: Path) -> None:
         os.kill(heads[0], signal.SIGKILL)
         assert process.stdout is not None
         output = process.stdout.read()
-        assert process.wait(60) != 0
+        assert process.wait(60) == 7
         assert "the head of the Ray cluster" in output
+        assert output.splitlines()[-1] == "a hook of its own"
         assert not await_end(marked(mark))
 
 

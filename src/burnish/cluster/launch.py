@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from burnish.cluster.peers import PeerRanks, check_keys, environment_world, leading, serve
 from burnish.cluster.ranks import LocalRanks, LostRanks, Ranks, counted
@@ -134,6 +134,16 @@ def with_restarts(run_once: Callable[[int], T], max_restarts: int) -> T:
             restarts += 1
             LOG.warning("%s", error)
             LOG.warning("restart %d of %d, from the last checkpoint", restarts, max_restarts)
+
+
+def end_without_ray(status: int) -> NoReturn:
+    """End this process, whose cluster lost its head: Ray would wait for that, and else its threads, which nobody
+    stopped, would crash the interpreter's end."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or nobody reads it any more
+            stream.flush()
+    os._exit(status)
 
 
 def end_after(seconds: float, kill: Callable[[], None], status: int) -> threading.Timer:

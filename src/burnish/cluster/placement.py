@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import ipaddress
 import logging
 import os
 import random
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ LOG = logging.getLogger(__name__)
 
 ANSWER = 10.0
 """Seconds in which a cluster must answer that is joined."""
+FOLDER = "burnish-ray-"
+"""What names of folders begin with in which a Ray of our own is at home."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +58,20 @@ class Host:
 
 @contextlib.contextmanager
 def connected(config: ClusterConfig, device: str) -> Iterator[None]:
-    """Ray, started here for this process alone or joined."""
-    folder, stack = None, ExitStack()
-    if config.address is None:
-        # This host's address is then loopback, so that nothing of it can be reached from elsewhere.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        folder = _own_folder()
+    """Ray, started here for this process, on loopback, or joined; what is changed in it is put back at the end."""
     excepthook = sys.excepthook  # before Ray's import, which sets its own
     import ray
     from ray._private import worker
 
+    if ray.is_initialized():
+        raise ClusterError("this process is in a Ray cluster already; call ray.shutdown() before the run")
     logger = logging.getLogger("ray")
-    level = logger.level
+    level, logs_enabled = logger.level, worker._worker_logs_enabled
     logger.setLevel("ERROR")
     quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": "ERROR"}
+    stack = ExitStack()
     try:
-        if folder is None:
+        if config.address is not None:
             namespace = f"burnish-{secrets.token_hex(4)}"
             try:
                 with _apart_from_signals():
@@ -79,30 +80,34 @@ def connected(config: ClusterConfig, device: str) -> Iterator[None]:
                 raise _no_cluster(config.address, error) from None
         else:
             devices = local_devices(config, device)
-            stack.enter_context(janitor(folder[0]))
-            os.environ[MARK] = str(folder[0])
-            with _apart_from_signals():
+            folder = stack.enter_context(_own_folder())
+            stack.enter_context(janitor(folder))
+            with _apart_from_signals(), _on_loopback(), _environment({MARK: str(folder)}):
                 ray.init(
                     address="local",
                     num_cpus=devices,
                     object_store_memory=config.object_store_memory,
                     include_dashboard=False,
-                    _temp_dir=str(folder[0]),
+                    _temp_dir=str(folder),
                     **quiet,
                 )
-        os.environ.pop(MARK, None)
+            address = ray.util.get_node_ip_address()
+            if not ipaddress.ip_address(address).is_loopback:
+                raise ClusterError(
+                    f"the run's own Ray took the address {address}, where others reach it, and not loopback: this "
+                    "version of Ray is not known; start a cluster with `ray start --head`, and set cluster.address=auto"
+                )
         logger.setLevel("ERROR")
-        sys.excepthook = excepthook  # Ray's tells the head before it shows anything, and waits if that is gone
+        # Ray's tells the head before it shows anything, and waits if that is gone.
+        sys.excepthook = worker.normal_excepthook if excepthook is worker.custom_excepthook else excepthook
         worker._worker_logs_enabled = False  # else the end of its own log is shown of a host that is gone
         yield
     finally:
         ray.shutdown()
-        worker._worker_logs_enabled = True
+        sys.excepthook = excepthook
+        worker._worker_logs_enabled = logs_enabled
         logger.setLevel(level)
-        os.environ.pop(MARK, None)
         stack.close()
-        if folder is not None:
-            folder[1].close()
 
 
 def num_gpus(address: str) -> int:
@@ -167,17 +172,46 @@ def _apart_from_signals() -> Iterator[None]:
         signal.raise_signal(number)
 
 
-def _own_folder() -> tuple[Path, Any]:
-    """A folder for a Ray of our own, with the lock that says that it is in use; those of dead processes go."""
-    prefix = "burnish-ray-"
-    for stale in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """For a start of Ray: it takes loopback for this host's address, so that nothing of it can be reached from
+    elsewhere. Its processes read that from their environment; Ray here did so when it was imported."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with _environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """For processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ |= values
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ |= {} if value is None else {name: value}
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[Path]:
+    """A folder for a Ray of our own, with a lock that is held while it is in use; those of dead processes go."""
+    for stale in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
         with contextlib.suppress(OSError), (stale / "lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(stale, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=prefix))
-    lock = (folder / "lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    return folder, lock
+    # Named so that others look at it only once its lock is held, which goes with it.
+    new = Path(tempfile.mkdtemp(prefix="burnish-new-"))
+    with (new / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield new.rename(new.with_name(new.name.replace("burnish-new-", FOLDER)))
 
 
 def local_devices(config: ClusterConfig, device: str) -> int:

@@ -32,6 +32,10 @@ class ClusterError(UserError):
     """Ranks that could not be started, failed, or do not answer."""
 
 
+class LostHead(ClusterError):
+    """The head of a Ray cluster is gone. Ray then waits for it when this process ends."""
+
+
 class LostRanks(ClusterError):
     """A process or host that is gone: the run may be started again from its last checkpoint."""
 

@@ -4,7 +4,6 @@ batches travel through its object store.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import logging
@@ -29,6 +28,7 @@ from burnish.cluster.ranks import (
     Answer,
     ClusterError,
     Failure,
+    LostHead,
     Place,
     await_answers,
     counted,
@@ -191,7 +191,7 @@ class RayRanks:
                 found[rank] = False, self._loss(rank, method, DIED)
         if self._head_gone:
             self.kill()
-            raise ClusterError(f"the head of the Ray cluster at {self._head} is gone; the run ended in {method}")
+            raise LostHead(f"the head of the Ray cluster at {self._head} is gone; the run ended in {method}")
         return found
 
     def _failure(self, rank: int, method: str, text: str, traceback: str = "", **more: Any) -> Failure:
@@ -239,13 +239,9 @@ class RayRanks:
         self._ender = threading.current_thread()
         if self._settings:
             self._lines.end(1)
-        import ray
-
         if self._head_gone:
-            # Ray would wait for its head, and hold the interpreter meanwhile; its processes here end with this one.
-            atexit.unregister(ray.shutdown)
-            atexit.register(_end_without_ray)
-            return
+            return  # Ray would wait for it; it does so when this process ends, and its processes here end with that
+        import ray
 
         def end() -> None:
             for actor in self._actors:
@@ -293,17 +289,10 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _end_without_ray() -> None:
-    """End this process, which failed, before Ray's threads, which nobody stopped, crash the interpreter's end."""
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or nobody reads it any more
-            stream.flush()
-    os._exit(1)
-
-
 def _within(seconds: float, work: Callable[[], None]) -> None:
     """Do it, or go on without: an end that hangs must not keep the driver from its own."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
+    if thread.is_alive():
+        LOG.warning("ending Ray takes longer than %g s: going on without", seconds)

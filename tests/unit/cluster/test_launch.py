@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import random
 import socket
 import sys
@@ -17,7 +18,16 @@ import torch
 from burnish.cluster.launch import check_devices, driving, is_local, joined_device, open_ranks, with_restarts
 from burnish.cluster.numa import local_cores, parse_cores
 from burnish.cluster.peers import World, _device, environment_world, first_host
-from burnish.cluster.placement import Host, await_hosts, hold_devices, local_devices, number_of, rank_order, shown_as
+from burnish.cluster.placement import (
+    Host,
+    _own_folder,
+    await_hosts,
+    hold_devices,
+    local_devices,
+    number_of,
+    rank_order,
+    shown_as,
+)
 from burnish.cluster.ranks import (
     ClusterError,
     Failure,
@@ -153,6 +163,24 @@ def test_devices_that_this_host_does_not_have_are_refused(monkeypatch: pytest.Mo
     with pytest.raises(RecipeError, match=r"cluster.device_mapping names device 8, .* 8 CUDA devices, numbered from 0"):
         check_devices(cluster(device_mapping=[0, 8]), "cuda")
     check_devices(cluster(devices_per_node=16), "cpu")
+
+
+def test_the_folder_of_a_ray_is_no_stale_one_while_it_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    flock, others = fcntl.flock, []
+
+    def look_first(file: Any, how: int) -> None:
+        if not others:
+            others.append(_own_folder())
+            others[0].__enter__()  # as another run does just then
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", look_first)
+    with _own_folder() as folder:
+        assert (folder / "lock").is_file()
+    with _own_folder():
+        assert not folder.exists()  # whose process did not live to remove it
+        assert len(list(tmp_path.iterdir())) == 2
 
 
 def host(number: int, devices: int) -> Host:
