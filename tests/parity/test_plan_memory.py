@@ -29,7 +29,7 @@ from burnish.parallel.execution import Execution
 from burnish.parallel.mesh import Mesh
 from burnish.parallel.recompute import Blocks
 from burnish.parallel.trace import Micro
-from burnish.plan.layouts import lay_out, rank_model, stages
+from burnish.plan.layouts import RankModels, lay_out, stages
 from burnish.plan.memory import rank_memory
 from burnish.recipe import recipe_from_dict
 from burnish.train.loss import CrossEntropy
@@ -173,7 +173,7 @@ def foretell(case: Case) -> list[tuple[float, float]]:
     recipe, degrees = case.read, case.degrees
     fullest = max(case.inputs.batches[0], key=lambda batch: batch.num_tokens)
     micro = Micro(fullest.documents.lengths, len(fullest.targets_K))
-    model = rank_model(case.model, recipe, degrees, micro, "cpu")
+    model = RankModels(case.model, recipe, micro, "cpu").of(recipe, degrees)
     layout = lay_out(recipe, degrees, case.micro_batches, "cpu")
     parts = stages(layer_costs(native_model(case.model, torch.float32)), recipe.parallel)
     memories = [rank_memory(model, layout, parts, rank) for rank in range(degrees.pp)]
@@ -251,6 +251,7 @@ RANKS = [
     Case("ring2", recipe=on(cp=2), world=2),
     Case("ring2-fp32", recipe=on(cp=2) | FP32, world=2),
     Case("ring2-full", recipe=on(cp=2) | {"train": {"recompute": "full"}}, world=2),
+    Case("ring2-selective", recipe=on(cp=2) | {"train": {"recompute": "selective"}}, world=2),
     Case("ring4", recipe=on(cp=4), lengths=(800, 800), world=4),
     Case("a2a2", recipe=on(cp=2, cp_kind="all_to_all"), world=2),
     Case("a2a2-fp32", recipe=on(cp=2, cp_kind="all_to_all") | FP32, world=2),

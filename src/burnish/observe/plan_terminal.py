@@ -42,7 +42,7 @@ def draw(file: TextIO, title: str, facts: Sequence[tuple[str, str]], sections: S
     grid.add_column(overflow="fold")
     for name, value in facts:
         grid.add_row(name, harmless(value))
-    console.print(Padding(grid, (0, 0, 0, 2)))
+    console.print(_indented(grid))
     for section in sections:
         _draw_section(console, section)
 
@@ -51,11 +51,15 @@ def _draw_section(console: Console, section: Section) -> None:
     console.print()
     console.print(Text(section.title, "bold cyan"))
     if section.rows:
-        console.print(Padding(_table(section), (0, 0, 0, 2)))
+        console.print(_indented(_table(section)))
     for number, note in enumerate(section.notes):
         is_last = number == len(section.notes) - 1
         style = "" if section.is_code else "yellow" if section.is_bad and is_last else "dim"
-        console.print(Padding(Text(harmless(note), style), (0, 0, 0, 2)))
+        console.print(_indented(Text(harmless(note), style)))
+
+
+def _indented(content: Text | Table) -> Padding:
+    return Padding(content, (0, 0, 0, 2), expand=False)
 
 
 def _table(section: Section) -> Table:

@@ -8,9 +8,9 @@ Shape suffixes: T tokens of a pack, D hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal, cast
@@ -45,8 +45,14 @@ class Pass:
     """At most in its forward."""
     backward: int
     """At most in its backward, with what was kept and with gradients that are made there, and not held before."""
-    host: int = 0
+    host: int
     """Beside `kept`, in the host's memory."""
+    by_experts: tuple[tuple[int, int], ...]
+    """Bytes of gradients of experts that may be there in backward, and the most of all else meanwhile."""
+
+    def spread(self, ep: int) -> Pass:
+        """That of a rank with one of `ep` parts of the experts, and as many tokens for them."""
+        return replace(self, backward=max(experts // ep + others for experts, others in self.by_experts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,12 @@ class Footprint:
     later_blocks: tuple[Pass, ...]
     shell: Shell
     later_shell: Shell
+
+    def spread(self, ep: int) -> Footprint:
+        """That of a rank with one of `ep` parts of the experts, and as many tokens for them."""
+        kinds = {one: one.spread(ep) for one in {*self.blocks, *self.later_blocks}}
+        blocks, later_blocks = (tuple(kinds[one] for one in blocks) for blocks in (self.blocks, self.later_blocks))
+        return replace(self, blocks=blocks, later_blocks=later_blocks)
 
 
 @contextmanager
@@ -205,19 +217,14 @@ def cut(model: CausalLM, degrees: Degrees, sequence_parallel: bool) -> None:
     Every expert-parallel rank is taken to get as many tokens as it sends.
     """
     tp = degrees.tp
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.new_empty(local_shape(name, parameter.shape, degrees))
     for name, module in model.named_modules() if tp > 1 else ():
         dim, own = _cut_dimension(name), list(module.parameters(recurse=False))
-        for parameter in own:
-            if dim is not None and (parameter.ndim == 2 or dim == 0):
-                parameter.data = _narrowed(parameter.data, dim, tp)
         if sequence_parallel and isinstance(module, READS_ALL):
             module.register_forward_pre_hook(lambda _, args: (_Resized.apply(args[0], len(args[0]) * tp), *args[1:]))
         if sequence_parallel and own and (dim == 1 or name.endswith("embed_tokens")):
             module.register_forward_hook(lambda _, __, output: _Resized.apply(output, len(output) // tp))
-    for name, parameter in model.named_parameters():
-        if ".experts." in name and parameter.ndim > 2:
-            inner = 2 if parameter.ndim == 4 or name.endswith("down_proj") else 1
-            parameter.data = _narrowed(_narrowed(parameter.data, 0, degrees.ep), inner, degrees.etp)
     for layer in (module for module in model.modules() if isinstance(module, MoE)):
         if degrees.world > 1:
             layer.dispatch = cast(Dispatch, partial(_dispatch, degrees, sequence_parallel))
@@ -231,10 +238,14 @@ def _cut_dimension(name: str) -> int | None:
     return None if adapter and whole and adapter.startswith(whole) else dim
 
 
-def _narrowed(tensor: Tensor, dim: int, pieces: int) -> Tensor:
-    shape = list(tensor.shape)
-    shape[dim] = -(-shape[dim] // pieces)
-    return tensor.new_empty(shape)
+def local_shape(name: str, shape: Sequence[int], degrees: Degrees) -> tuple[int, ...]:
+    """What a rank has of a parameter, before data ranks share it."""
+    dim, pieces = _cut_dimension(name.rpartition(".")[0]), {}
+    if ".experts." in name and len(shape) > 2:
+        pieces = {0: degrees.ep, 2 if len(shape) == 4 or name.endswith("down_proj") else 1: degrees.etp}
+    elif dim is not None and (len(shape) == 2 or dim == 0):
+        pieces = {dim: degrees.tp}
+    return tuple(-(-size // pieces.get(number, 1)) for number, size in enumerate(shape))
 
 
 def _dispatch(
@@ -308,44 +319,47 @@ class Micro:
         return Micro((*self.lengths, padding) if padding else self.lengths, self.num_trained)
 
 
-def trace(
-    model: CausalLM,
-    micro: Micro,
-    device: Literal["cpu", "cuda"],
-    modes: Iterable[str] = ("none",),
-    offload_activations: bool = False,
-) -> dict[str, Footprint]:
-    """The footprint of `model` in each mode of recomputation.
+class Trace(dict[str, Footprint]):
+    """The footprint of `model` by mode of recomputation, each made when it is first asked for.
 
     The model is on meta with parameters of the compute type, frozen as they are in training. Parameters are not
     counted, and gradients as if the parameters were leaves: in their type.
     """
-    blocks, footprints = model.blocks(), {}
-    for experts in (module for module in model.modules() if isinstance(module, Experts)):
-        if experts.compute is compute_one_by_one:
-            experts.compute = _compute_evenly
-    host = _Host()
-    with _fused(device):
-        calls, embedding, shells = _trace_shell(model, micro, device)
-        reached = _reached_by_gradients(embedding, blocks)
-        for mode in modes:
-            recompute_blocks(blocks, mode)
-            for block in blocks if offload_activations else ():
-                block.forward = partial(host.forward, block, block.forward)
-            kinds: dict[Any, tuple[Pass, Pass]] = {}
-            passes = []
-            for block, (args, kwargs), needs in zip(blocks, calls, reached, strict=True):
+
+    def __init__(
+        self, model: CausalLM, micro: Micro, device: Literal["cpu", "cuda"], offload_activations: bool = False
+    ) -> None:
+        super().__init__()
+        for experts in (module for module in model.modules() if isinstance(module, Experts)):
+            if experts.compute is compute_one_by_one:
+                experts.compute = _compute_evenly
+        self._model = model
+        self._device: Literal["cpu", "cuda"] = device
+        self._is_offloaded = offload_activations
+        with _fused(device):
+            self._calls, embedding, self._shells = _trace_shell(model, micro, device)
+        self._reached = _reached_by_gradients(embedding, model.blocks())
+
+    def __missing__(self, mode: str) -> Footprint:
+        blocks, host = self._model.blocks(), _Host()
+        recompute_blocks(blocks, mode)
+        for block in blocks if self._is_offloaded else ():
+            block.forward = partial(host.forward, block, block.forward)
+        kinds: dict[Any, tuple[Pass, Pass]] = {}
+        passes = []
+        with _fused(self._device):
+            for block, (args, kwargs), needs in zip(blocks, self._calls, self._reached, strict=True):
                 kind = (needs, *((name, p.shape, p.requires_grad) for name, p in block.named_parameters()))
                 if kind not in kinds:
                     kinds[kind] = _trace_block(block, args, kwargs, needs, host)
                 passes.append(kinds[kind])
-            first, later = zip(*passes, strict=True)
-            footprints[mode] = Footprint(first, later, *shells)
-            for block in blocks:
-                block.__dict__.pop("forward", None)
-            for parameter in model.parameters():
-                parameter.grad = None
-    return footprints
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+        for parameter in self._model.parameters():
+            parameter.grad = None
+        first, later = zip(*passes, strict=True)
+        self[mode] = Footprint(first, later, *self._shells)
+        return self[mode]
 
 
 class _Given(torch.autograd.Function):
@@ -420,10 +434,11 @@ def _trace_block(
     """The passes of a block in the first micro-batch and in another; `needs` a gradient of its input."""
     like, *others = args
     anchor = torch.empty((), dtype=like.dtype, device="meta", requires_grad=needs)
+    sizes = {(len(p), p.numel()) for name, p in block.named_parameters() if ".experts." in name and p.ndim > 2}
     passes = []
-    with Live() as live:
+    with Live(lambda tensor: tensor.ndim > 2 and (len(tensor), tensor.numel()) in sizes) as live:
         for _ in range(2):
-            held = live.bytes
+            held, apart = live.bytes, live.apart
             live.begin_peak()
             output = block(_Given.apply(anchor, like), *others, **kwargs)
             kept, forward, moved = live.bytes - held - output.nbytes, live.peak - held, host.bytes
@@ -432,7 +447,8 @@ def _trace_block(
             live.begin_peak()
             if end.requires_grad:
                 end.backward()
-            passes.append(Pass(kept, forward, live.peak - held, moved))
+            by_experts = tuple((own - apart, others - held + apart) for own, others in live.peaks.items())
+            passes.append(Pass(kept, forward, live.peak - held, moved, by_experts))
             del end
     return passes[0], passes[1]
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from math import prod
 from typing import Any, Literal
 
 from torch import nn
 
 from burnish.config import ParallelConfig, Recipe
 from burnish.model import zoo
-from burnish.model.base import model_shape
+from burnish.model.base import CausalLM, model_shape
+from burnish.model.moe import Experts, compute_one_by_one
 from burnish.observe.flops import ModelShape, step_flops
 from burnish.parallel.apply import layer_costs
 from burnish.parallel.checks import check_layout
 from burnish.parallel.degrees import Degrees
-from burnish.parallel.stages import cut_model, num_micro_batches
-from burnish.parallel.trace import Micro, cut, trace
+from burnish.parallel.stages import cut_model, num_chunks, num_micro_batches
+from burnish.parallel.trace import Footprint, Micro, Trace, cut, local_shape
 from burnish.plan.counting import (
     RowSample,
     Steps,
@@ -29,40 +31,86 @@ from burnish.plan.counting import (
     read_model_config,
     sample_rows,
 )
-from burnish.plan.memory import GIB, Content, Layout, RankMemory, RankModel, Sizes, Values, rank_memory
+from burnish.plan.memory import GIB, Content, Layout, Rank, RankMemory, RankModel, Sizes, Values
 from burnish.plan.request import Request, requested_hardware
 from burnish.plan.timing import Assumptions, StepTime, Work, step_time
 
-RECOMPUTE = ("none", "selective", "full")
+Named = tuple[str, nn.Parameter]
 
 
-def rank_model(
-    config: dict[str, Any],
-    recipe: Recipe,
-    degrees: Degrees,
-    micro: Micro,
-    device: Literal["cpu", "cuda"],
-    modes: Sequence[str] = (),
-) -> RankModel:
-    """What one rank of `degrees` holds of the model, and keeps of a micro-batch in each mode of recomputation, or in
-    the recipe's alone.
+@dataclass
+class RankModels:
+    """What a rank of any layout holds of a model, and keeps of a micro-batch: traced where it is asked for, and once
+    for layouts that differ in what ranks do to weights alone.
     """
-    train, parallel = recipe.train, recipe.parallel
-    model = build_on_meta(config, recipe, device)
-    cut(model, degrees, parallel.sequence_parallel is not False)
-    blocks = model.blocks()
-    inside = {parameter for block in blocks for parameter in block.parameters()}
-    around = [(name, p) for name, p in model.named_parameters() if p not in inside]
-    if not modes:
-        modes = (train.recompute, "none") if train.recompute_every > 1 else (train.recompute,)
-    return RankModel(
-        blocks=tuple(_content(block.named_parameters()) for block in blocks),
-        embedding=_content((name, p) for name, p in around if is_embedding(name)),
-        head=_content((name, p) for name, p in around if not is_embedding(name)),
-        is_tied=is_tied(model),
-        largest=max(p.numel() for block in blocks for p in block.parameters()),
-        footprints=trace(model, micro.part(degrees.cp, degrees.tp), device, modes, train.offload_activations),
-    )
+
+    config: dict[str, Any]
+    recipe: Recipe
+    micro: Micro
+    device: Literal["cpu", "cuda"]
+    _known: dict[tuple[Any, ...], RankModel] = field(default_factory=dict)
+    _traces: dict[tuple[Any, ...], Trace] = field(default_factory=dict)
+
+    def of(self, recipe: Recipe, degrees: Degrees) -> RankModel:
+        """The model of a rank of `degrees`; `recipe` differs from the planned one in its layout and recomputation."""
+        parallel = recipe.parallel
+        cut_as = (degrees.tp, degrees.etp, degrees.cp, parallel.cp_kind, parallel.sequence_parallel is not False)
+        key = (*cut_as, degrees.world > 1, recipe.train.offload_activations, degrees.ep)
+        if key not in self._known:
+            # Experts that are computed one by one have temporaries each.
+            traced = degrees if self._one_by_one else replace(degrees, ep=1)
+            footprints = Footprints(
+                partial(self._trace, recipe, traced, (*key[:-1], traced.ep)), degrees.ep // traced.ep
+            )
+            self._known[key] = replace(self._held(degrees), footprints=footprints)
+        return self._known[key]
+
+    def _trace(self, recipe: Recipe, degrees: Degrees, key: tuple[Any, ...]) -> Trace:
+        if key not in self._traces:
+            model, parallel = build_on_meta(self.config, recipe, self.device), recipe.parallel
+            cut(model, degrees, parallel.sequence_parallel is not False)
+            part = self.micro.part(degrees.cp, degrees.tp)
+            self._traces[key] = Trace(model, part, self.device, recipe.train.offload_activations)
+        return self._traces[key]
+
+    @cached_property
+    def _model(self) -> CausalLM:
+        return build_on_meta(self.config, self.recipe, self.device)
+
+    @cached_property
+    def _one_by_one(self) -> bool:
+        return any(isinstance(m, Experts) and m.compute is compute_one_by_one for m in self._model.modules())
+
+    @cached_property
+    def _parameters(self) -> tuple[list[list[Named]], list[Named]]:
+        """Those of each block, and the others."""
+        names = {parameter: name for name, parameter in self._model.named_parameters()}
+        blocks = [[(names.pop(p), p) for p in block.parameters()] for block in self._model.blocks()]
+        return blocks, [(name, parameter) for parameter, name in names.items()]
+
+    def _held(self, degrees: Degrees) -> RankModel:
+        blocks, around = self._parameters
+        return RankModel(
+            blocks=tuple(_content(block, degrees) for block in blocks),
+            embedding=_content((one for one in around if is_embedding(one[0])), degrees),
+            head=_content((one for one in around if not is_embedding(one[0])), degrees),
+            is_tied=is_tied(self._model),
+            largest=max(prod(local_shape(name, p.shape, degrees)) for block in blocks for name, p in block),
+            footprints={},
+        )
+
+
+class Footprints(dict[str, Footprint]):
+    """By mode of recomputation, of a rank with one of `ep` parts of the experts that were traced."""
+
+    def __init__(self, trace: Callable[[], Trace], ep: int) -> None:
+        super().__init__()
+        self._trace = trace
+        self._ep = ep
+
+    def __missing__(self, mode: str) -> Footprint:
+        self[mode] = self._trace()[mode].spread(self._ep)
+        return self[mode]
 
 
 def lay_out(recipe: Recipe, degrees: Degrees, num_packs: int, device: Literal["cpu", "cuda"]) -> Layout:
@@ -70,7 +118,8 @@ def lay_out(recipe: Recipe, degrees: Degrees, num_packs: int, device: Literal["c
     parallel, train = recipe.parallel, recipe.train
     number = num_micro_batches(parallel, num_packs)
     sizes = Sizes.of(recipe)
-    return Layout(parallel, degrees, sizes, number, device, train.recompute, train.recompute_every)
+    offloads = train.offload_activations
+    return Layout(parallel, degrees, sizes, number, device, train.recompute, train.recompute_every, offloads)
 
 
 def stages(costs: tuple[list[float], float, float], parallel: ParallelConfig) -> list[range]:
@@ -80,22 +129,29 @@ def stages(costs: tuple[list[float], float, float], parallel: ParallelConfig) ->
     return [part.layers for part in cut_model(parallel, *costs)]
 
 
-def _content(parameters: Iterable[tuple[str, nn.Parameter]]) -> Content:
+def _content(parameters: Iterable[Named], degrees: Degrees) -> Content:
     values = {True: [0, 0], False: [0, 0]}
     for name, parameter in parameters:
-        values[parameter.requires_grad][".experts." in name] += parameter.numel()
+        values[parameter.requires_grad][".experts." in name] += prod(local_shape(name, parameter.shape, degrees))
     trained, frozen = Values(*values[True]), Values(*values[False])
     return Content(trained + frozen, trained)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Estimate:
-    """What one layout costs."""
+    """What one layout costs. Nothing is traced for its time; its memory is counted when it is asked for."""
 
     recipe: Recipe
-    layout: Layout
-    memories: Sequence[RankMemory]
+    ranks: Sequence[Rank]
     time: StepTime | None
+
+    @property
+    def layout(self) -> Layout:
+        return self.ranks[0].layout
+
+    @cached_property
+    def memories(self) -> Sequence[RankMemory]:
+        return [rank.memory for rank in self.ranks]
 
     @property
     def peak(self) -> float:
@@ -108,8 +164,7 @@ class Planner:
 
     request: Request
     recipe: Recipe
-    _models: dict[tuple[Any, ...], RankModel] = field(default_factory=dict)
-    _stages: dict[int, list[range]] = field(default_factory=dict)
+    _stages: dict[tuple[int, int], list[range]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.hardware = requested_hardware(self.request)
@@ -117,8 +172,11 @@ class Planner:
         self.origin = zoo.choose_implementation(self.recipe.model.implementation, self.config)
         self.model = build_on_meta(self.config, self.recipe, self.device)
         self.counts = count_parameters(self.model)
-        self.degrees = Degrees.of(self.recipe.parallel, self._world())
-        self.check(self.recipe, self.degrees)
+        if self.request.fit:  # the recipe's own layout need not be one of those
+            self.degrees = Degrees(dp_shard=self._world())
+        else:
+            self.degrees = Degrees.of(self.recipe.parallel, self._world())
+            self.check(self.recipe, self.degrees)
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:
@@ -190,26 +248,25 @@ class Planner:
         return layer_costs(build_on_meta(self.config, bare, self.device))
 
     def stages(self, parallel: ParallelConfig) -> list[range]:
-        """The layers of every part of the pipeline; in a search layouts differ in their number alone."""
-        if parallel.pp not in self._stages:
-            self._stages[parallel.pp] = stages(self.layer_costs, parallel)
-        return self._stages[parallel.pp]
+        """The layers of every part of the pipeline; in a search layouts differ in the number of parts alone."""
+        key = parallel.pp, num_chunks(parallel)
+        if key not in self._stages:
+            self._stages[key] = stages(self.layer_costs, parallel)
+        return self._stages[key]
+
+    @cached_property
+    def models(self) -> RankModels:
+        return RankModels(self.config, self.recipe, self.steps.micro, self.device)
 
     def estimate(self, recipe: Recipe, degrees: Degrees) -> Estimate:
-        """Memory and time of `recipe` laid out by `degrees`."""
-        parallel = recipe.parallel
-        key = (degrees.tp, degrees.cp, parallel.cp_kind, degrees.ep, degrees.etp, parallel.sequence_parallel)
-        key = (*key, degrees.world > 1)
-        if key not in self._models:
-            modes = RECOMPUTE if self.request.fit else ()
-            self._models[key] = rank_model(self.config, recipe, degrees, self.steps.micro, self.device, modes)
-        model, parts = self._models[key], self.stages(parallel)
+        """`recipe` laid out by `degrees`."""
+        model, parts = self.models.of(recipe, degrees), self.stages(recipe.parallel)
         layout = lay_out(recipe, degrees, -(-self.steps.num_packs // degrees.data_ranks), self.device)
-        memories = [rank_memory(model, layout, parts, rank) for rank in range(degrees.pp)]
+        ranks = [Rank(model, layout, parts, rank) for rank in range(degrees.pp)]
         time = None
         if self.hardware is not None:
-            time = step_time(model, layout, parts, memories, self.work, self.hardware, self.assumptions)
-        return Estimate(recipe, layout, memories, time)
+            time = step_time(ranks, self.work, self.hardware, self.assumptions)
+        return Estimate(recipe, ranks, time)
 
     @property
     def assumptions(self) -> Assumptions:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from burnish.config import ParallelConfig, PrecisionConfig, Recipe
@@ -39,6 +40,9 @@ class Values:
     def __add__(self, other: Values) -> Values:
         return Values(self.dense + other.dense, self.experts + other.experts)
 
+    def __sub__(self, other: Values) -> Values:
+        return Values(self.dense - other.dense, self.experts - other.experts)
+
     @property
     def total(self) -> int:
         return self.dense + self.experts
@@ -58,9 +62,12 @@ class Content:
     def __add__(self, other: Content) -> Content:
         return Content(self.all + other.all, self.trained + other.trained)
 
+    def __sub__(self, other: Content) -> Content:
+        return Content(self.all - other.all, self.trained - other.trained)
+
     @property
     def frozen(self) -> Values:
-        return Values(self.all.dense - self.trained.dense, self.all.experts - self.trained.experts)
+        return self.all - self.trained
 
 
 NOTHING = Content(Values(0), Values(0))
@@ -82,7 +89,15 @@ class RankModel:
     largest: int
     """Values of the largest parameter in a block."""
     footprints: Mapping[str, Footprint]
-    """By mode of recomputation, with `none` where some blocks are not recomputed."""
+    """By mode of recomputation, and `none` where some blocks are not recomputed."""
+
+    def layers(self, part: range) -> Content:
+        """All blocks of a part of the pipeline."""
+        return self._until[part.stop] - self._until[part.start]
+
+    @cached_property
+    def _until(self) -> list[Content]:
+        return list(accumulate(self.blocks, initial=NOTHING))
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,18 +182,19 @@ class Layout:
     recompute: str = "none"
     every: int = 1
     """Of how many blocks of a part in a row the first is recomputed."""
+    offloads_activations: bool = False
 
-    @property
+    @cached_property
     def is_cast(self) -> bool:
         """Whether one process copies what it trains into the compute type for a step."""
         return not self.is_sharded and self.sizes.compute != self.sizes.master
 
-    @property
+    @cached_property
     def stays_gathered(self) -> bool:
         """Whether what was gathered for a forward stays until the step ends (parallel/fsdp.py, parallel/pp.py)."""
         return self.parallel.zero < 3 or splits_backward(self.parallel)
 
-    @property
+    @cached_property
     def is_sharded(self) -> bool:
         """Whether weights are gathered and cast by FSDP2, as they are but in a process that trains by itself."""
         return self.degrees.world > 1 or self.parallel.offload == "parameters"
@@ -207,7 +223,7 @@ class Layout:
 
 def rank_memory(model: RankModel, layout: Layout, parts: Sequence[range], pipeline_rank: int) -> RankMemory:
     """The memory of the ranks at `pipeline_rank`; `parts` are the layers of every part of the pipeline."""
-    return Rank(model, layout, parts, pipeline_rank).memory()
+    return Rank(model, layout, parts, pipeline_rank).memory
 
 
 @dataclass
@@ -219,11 +235,13 @@ class Rank:
     parts: Sequence[range]
     rank: int
     own: list[int] = field(init=False)
+    _known_sizes: dict[int, tuple[list[int], list[int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         pp = self.layout.degrees.pp
         self.own = list(parts_of(self.rank, self.layout.parallel)) if pp > 1 else [0]
 
+    @cached_property
     def memory(self) -> RankMemory:
         pp = self.layout.degrees.pp
         name = "every rank" if pp == 1 else f"pipeline rank {self.rank}"
@@ -231,14 +249,20 @@ class Rank:
         moments = [self._placed(moment) for moment in self._forward_backward()]
         # On a CPU the host's memory is the device's.
         fullest = max(moments, key=lambda m: m.on_device + (m.on_host if self.layout.device == "cpu" else 0.0))
-        return RankMemory(name, layers, fullest, self._placed(self._optimizer_step()))
+        return RankMemory(name, layers, fullest, self.optimizer_step())
+
+    @cached_property
+    def moved(self) -> float:
+        """Bytes of activations that a micro-batch sends to the host."""
+        offloads = self.layout.offloads_activations
+        return sum(one.host for part in self.own for one in self._passes(part, True)) if offloads else 0.0
 
     # --- what is there ---
 
     @cached_property
     def content(self) -> Content:
         """All that this rank holds of the model."""
-        return total(self.model.blocks[layer] for part in self.own for layer in self.parts[part]) + self.shell
+        return total(self.model.layers(self.parts[part]) for part in self.own) + self.shell
 
     @cached_property
     def shell(self) -> Content:
@@ -302,7 +326,8 @@ class Rank:
 
     # --- the optimizer's step ---
 
-    def _optimizer_step(self) -> Moment:
+    def optimizer_step(self) -> Moment:
+        """What is held while weights are updated; it asks for no footprint."""
         sizes, degrees = self.layout.sizes, self.layout.degrees
         is_on_host = self.layout.device == "cpu" or self.layout.parallel.offload != "none"
         stretch = sizes.stretch * min(STRETCH["cpu" if is_on_host else "cuda"], self.model.largest)
@@ -311,7 +336,7 @@ class Rank:
         # What was updated is sent to the copy of a tied head.
         is_received = self.copy.all.total > 0 and 0 not in self.own
         parts["communication"] = self.copy.all.shard(degrees) * sizes.master * is_received
-        return Moment(OPTIMIZER, parts)
+        return self._placed(Moment(OPTIMIZER, parts))
 
     # --- forward and backward ---
 
@@ -353,10 +378,12 @@ class Rank:
             kept.append(kept[-1] + one.kept)
             moved.append(moved[-1] + one.host)
 
+        in_flight = [self._in_flight(shell.hidden, is_emptying) for is_emptying in (False, True)]
+
         def moment(name: str, activations: float, number: int, ahead: int, made: float, **more: float) -> Moment:
             is_backward = ahead <= 0 and name != HEAD
             gathered, coming = self._weights(part, number, ahead, first, is_backward)
-            others, others_moved = self._in_flight(shell.hidden, is_backward and not first)
+            others, others_moved = in_flight[is_backward and not first]
             parts = {
                 **always,
                 "compute weights": gathered,
@@ -460,23 +487,28 @@ class Rank:
         layout, sizes = self.layout, self.layout.sizes
         if not layout.is_sharded:
             return (self._copied(self.content) if layout.is_cast else 0.0), 0.0
-        layers = self.parts[part]
-        unit = [self.model.blocks[layer].all.total for layer in layers]
+        unit, after = self._sizes(part)
         here = unit[number] if 0 <= number < len(unit) else 0
         coming = unit[number + ahead] if 0 <= number + ahead < len(unit) and ahead else 0
         gathered = self.shell.all.total
         if layout.stays_gathered:
-            blocks = sum(self.model.blocks[layer].all.total for own in self.own for layer in self.parts[own])
+            blocks = self.content.all.total - self.shell.all.total
             return (gathered + blocks) * sizes.compute, (here * sizes.compute if ahead == 1 else 0.0)
         if layout.degrees.pp > 1 and not (first and not is_backward):
             # A pipeline's backward leaves weights gathered, and the next forward through them gives them back.
-            gathered += sum(unit[number + 1 :] if number >= 0 else unit)
+            gathered += after[number + 1]
             if not first:
-                others = (own for own in self.own if own != part)
-                gathered += sum(self.model.blocks[layer].all.total for own in others for layer in self.parts[own])
+                gathered += sum(self.model.layers(self.parts[own]).all.total for own in self.own if own != part)
         # Forward copies what was gathered out of a buffer that lives until the next is there.
         buffer = here if ahead == 1 else coming
         return (gathered + here) * sizes.compute, buffer * sizes.compute
+
+    def _sizes(self, part: int) -> tuple[list[int], list[int]]:
+        """Values of the layers of a part, and of each and those after it."""
+        if part not in self._known_sizes:
+            unit = [self.model.blocks[layer].all.total for layer in self.parts[part]]
+            self._known_sizes[part] = unit, [*accumulate(reversed(unit), initial=0)][::-1]
+        return self._known_sizes[part]
 
     def _copied(self, content: Content) -> float:
         """Copies in the compute type of what is held in another."""

@@ -15,7 +15,7 @@ from burnish.parallel.degrees import Degrees
 from burnish.plan.counting import checkpoint_bytes, export_bytes, is_tied
 from burnish.plan.layouts import Estimate, Planner
 from burnish.plan.memory import Moment, RankMemory, gib
-from burnish.plan.search import search
+from burnish.plan.search import Search, search
 from burnish.plan.timing import HARDWARE, StepTime, recompute_flops
 
 SHOWN_LAYOUTS = 10
@@ -56,20 +56,65 @@ class Report:
                 f"--fit ranks layouts by time and memory; give --hardware {', '.join(HARDWARE)}, or --peak TFLOPS with "
                 "--bandwidth GB/s and --memory GiB"
             )
-        fitting, dropped = search(self.planner)
-        best = fitting[:SHOWN_LAYOUTS]
-        sections = [self._parameters(), _layouts(best, len(fitting), self.planner.limit), _dropped(dropped)]
-        facts = self._facts(None)
+        found = search(self.planner, SHOWN_LAYOUTS)
+        sections = [self._parameters(), self._layouts(found)]
+        dropped = Counter(found.refused)
+        if found.too_large:
+            whom = "faster than these, but need" if found.best else "need"
+            dropped[f"{whom} more than {gib(self.planner.limit)} GiB"] = found.too_large
+        if dropped:
+            sections.append(_dropped(dropped))
         tree = {
             **self._model_tree(),
-            "layouts": [self._estimate_tree(estimate) for estimate in fitting],
+            "layouts": [self._estimate_tree(estimate) for estimate in found.best],
+            "possible": found.possible,
             "dropped": dict(dropped),
         }
-        if best:
-            sections += [self._memory(best[0]), self._time(best[0]), _to_paste(best[0])]
-        return Found(
-            f"layouts of {self.planner.request.recipe} on {self.planner.degrees.world} devices", facts, sections, tree
-        )
+        if found.best:
+            sections += [self._memory(found.best[0]), self._time(found.best[0]), to_paste(found.best[0])]
+        title = f"layouts of {self.planner.request.recipe} on {_devices(self.planner.degrees.world)}"
+        return Found(title, self._facts(None), sections, tree)
+
+    def _layouts(self, found: Search) -> Section:
+        world, limit = self.planner.degrees.world, self.planner.limit
+        assert limit is not None
+        if not found.best:
+            note = f"no layout of {_devices(world)} is possible; the reasons stand below"
+            if found.least is not None:
+                least = found.least
+                note = (
+                    f"no layout of {_devices(world)} fits in {gib(limit)} GiB, offloaded or not; the least is "
+                    f"{gib(least.peak)} GiB ({layout_text(least.recipe, least.layout.degrees)}): take more devices, a "
+                    "smaller batch.tokens_per_micro_batch, or narrower precision.states"
+                )
+            return Section("layouts", ("",), (), (note,), is_bad=True)
+        names = ("replicate", "shard", "tp", "cp", "pp", "ep", "zero", "recompute", "also", "GiB", "host", "a step")
+        rows = []
+        for estimate in found.best:
+            degrees, recipe = estimate.layout.degrees, estimate.recipe
+            axes = [getattr(degrees, name) for name in ("dp_replicate", "dp_shard", "tp", "cp", "pp", "ep")]
+            host = max(memory.host for memory in estimate.memories)
+            assert estimate.time is not None
+            rows.append(
+                (
+                    *(str(degree) for degree in axes),
+                    str(recipe.parallel.zero),
+                    recipe.train.recompute,
+                    ", ".join(manners(recipe, degrees)),
+                    gib(estimate.peak),
+                    gib(host) if host else "",
+                    seconds_text(estimate.time.total),
+                )
+            )
+        notes = [f"{found.possible:,} layouts are possible; of each set of degrees the best that fits is shown"]
+        if len(rows) > 1:
+            notes.append(
+                "the first is the simplest of those within 1 % or 1 ms of the fastest that fits: with fewest kinds "
+                "of parallelism, then with least recomputation"
+            )
+        if found.is_offloaded:
+            notes.append("nothing fits without more in the host's memory, which needs room for `host` GiB of each rank")
+        return _without_empty(Section("layouts, fastest first", names, rows, notes))
 
     def _facts(self, estimate: Estimate | None) -> list[tuple[str, str]]:
         recipe, counts = self.planner.recipe, self.planner.counts
@@ -229,8 +274,11 @@ def layout_keys(estimate: Estimate) -> dict[str, Any]:
     degrees, recipe = estimate.layout.degrees, estimate.recipe
     names = ("dp_replicate", "dp_shard", "tp", "cp", "pp", "ep", "etp")
     keys = {f"parallel.{name}": getattr(degrees, name) for name in names}
-    keys |= {"parallel.zero": recipe.parallel.zero, "parallel.offload": recipe.parallel.offload}
-    return keys | {"train.recompute": recipe.train.recompute}
+    keys |= {
+        f"parallel.{name}": getattr(recipe.parallel, name) for name in ("zero", "offload", "cp_kind", "pp_schedule")
+    }
+    train = recipe.train
+    return keys | {"train.recompute": train.recompute, "train.offload_activations": train.offload_activations}
 
 
 def layout_text(recipe: Recipe, degrees: Degrees) -> str:
@@ -241,11 +289,28 @@ def layout_text(recipe: Recipe, degrees: Degrees) -> str:
     words = [f"{name} {getattr(degrees, name)}" for name in names if getattr(degrees, name) > 1]
     if degrees.dp_shard * degrees.cp > 1:
         words.append(f"zero {recipe.parallel.zero}")
-    if degrees.pp > 1:
-        words.append(recipe.parallel.pp_schedule)
-    if recipe.parallel.offload != "none":
-        words.append(f"offload {recipe.parallel.offload}")
+    words += [word for word in manners(recipe, degrees) if not word.startswith("etp")]
     return f"{degrees.world} ranks: {', '.join(words)}, recompute {recipe.train.recompute}"
+
+
+def manners(recipe: Recipe, degrees: Degrees) -> list[str]:
+    """What makes a layout beside its degrees, where it is not the default."""
+    parallel, words = recipe.parallel, []
+    if degrees.etp > 1:
+        words.append(f"etp {degrees.etp}")
+    if degrees.cp > 1 and parallel.cp_kind != "ring":
+        words.append(parallel.cp_kind)
+    if degrees.pp > 1 and parallel.pp_schedule != "1f1b":
+        words.append(parallel.pp_schedule)
+    if parallel.offload != "none":
+        words.append(f"offload {parallel.offload}")
+    if recipe.train.offload_activations:
+        words.append("offload activations")
+    return words
+
+
+def _devices(number: int) -> str:
+    return f"{number} device{'s' * (number != 1)}"
 
 
 def precision_text(recipe: Recipe) -> str:
@@ -259,6 +324,8 @@ def flops_text(flops: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
+    if seconds < 1e-3:
+        return "under 1 ms"
     return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s" if seconds < 100 else f"{seconds:,.0f} s"
 
 
@@ -284,30 +351,12 @@ def _shown(memories: Sequence[RankMemory]) -> list[RankMemory]:
     return [memories[0], memories[len(memories) // 2], memories[-1]]
 
 
-def _layouts(best: Sequence[Estimate], number: int, limit: float) -> Section:
-    names = ("dp_replicate", "dp_shard", "zero", "tp", "cp", "pp", "ep", "recompute")
-    rows = []
-    for estimate in best:
-        assert estimate.time is not None
-        keys = layout_keys(estimate)
-        values = [keys.get(f"parallel.{name}", keys["train.recompute"]) for name in names]
-        rows.append((*map(str, values), gib(estimate.peak), seconds_text(estimate.time.total)))
-    columns = (*(name.replace("dp_replicate", "replicate").replace("dp_shard", "shard") for name in names), "GiB")
-    notes = [f"{len(best)} of {number} layouts that fit in {gib(limit)} GiB"] if best else []
-    if not best:
-        notes = [
-            "no layout fits; take more devices, a smaller batch.tokens_per_micro_batch, narrower states, or offload"
-        ]
-    # A column that says the same everywhere says nothing, but for the two that are always wanted.
-    return _without_ones(Section("layouts, fastest first", (*columns, "a step"), rows, tuple(notes), not best))
-
-
-def _without_ones(section: Section) -> Section:
-    """Without the degrees that are 1 in all rows."""
+def _without_empty(section: Section) -> Section:
+    """Without the degrees that are 1 and the cells that are empty in all rows."""
     kept = [
         column
         for column, name in enumerate(section.columns)
-        if name in ("shard", "zero", "recompute", "GiB", "a step") or any(row[column] != "1" for row in section.rows)
+        if name == "shard" or any(row[column] not in ("1", "") for row in section.rows)
     ]
     rows = [tuple(row[column] for column in kept) for row in section.rows]
     return replace(section, columns=tuple(section.columns[column] for column in kept), rows=rows)
@@ -318,11 +367,17 @@ def _dropped(dropped: Counter[str]) -> Section:
     return Section("dropped", ("reason", "layouts"), rows)
 
 
-def _to_paste(estimate: Estimate) -> Section:
-    keys = layout_keys(estimate)
-    recompute = keys.pop("train.recompute")
-    defaults = ParallelConfig()
-    changed = {name.partition(".")[2]: value for name, value in keys.items()}
-    lines = [f"  {name}: {value}" for name, value in changed.items() if value != getattr(defaults, name)]
-    text = (("parallel:", *lines) if lines else ("parallel: {}",)) + (f"train: {{recompute: {recompute}}}",)
+def to_paste(estimate: Estimate) -> Section:
+    """The recipe's `parallel`, and what of `train` belongs to a layout."""
+    recipe, degrees, defaults = estimate.recipe, estimate.layout.degrees, ParallelConfig()
+    parallel = recipe.parallel.model_copy(update={"dp_shard": degrees.dp_shard})
+    changed = {name: value for name, value in parallel if value != getattr(defaults, name)}
+    lines = [f"  {name}: {str(value).lower()}" for name, value in changed.items()]
+    train = {"recompute": recipe.train.recompute}
+    if recipe.train.offload_activations:
+        train["offload_activations"] = "true"
+    text = (
+        *(("parallel:", *lines) if lines else ("parallel: {}",)),
+        f"train: {{{', '.join(f'{name}: {value}' for name, value in train.items())}}}",
+    )
     return Section("for the recipe", (), (), text, is_code=True)

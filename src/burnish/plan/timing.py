@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from burnish.parallel.stages import num_chunks
-from burnish.plan.memory import GIB, Layout, Rank, RankMemory, RankModel
+from burnish.plan.memory import GIB, Layout, Rank
 
 
 @dataclass(frozen=True)
@@ -103,16 +103,11 @@ def bubble(layout: Layout) -> float:
     return 1 + (share / 3 if "zero_bubble" in layout.parallel.pp_schedule else share)
 
 
-def step_time(
-    model: RankModel,
-    layout: Layout,
-    parts: Sequence[range],
-    memories: Sequence[RankMemory],
-    work: Work,
-    hardware: Hardware,
-    assumptions: Assumptions,
-) -> StepTime:
-    """Seconds of a step: a roofline of computing, memory and links, with what cannot overlap added up."""
+def step_time(ranks: Sequence[Rank], work: Work, hardware: Hardware, assumptions: Assumptions) -> StepTime:
+    """Seconds of a step of the ranks of a pipeline, or of one of those that are alike: a roofline of computing, memory
+    and links, with what cannot overlap added up.
+    """
+    layout = ranks[0].layout
     degrees, sizes, parallel = layout.degrees, layout.sizes, layout.parallel
     rate = hardware.flops * assumptions.efficiency
 
@@ -145,12 +140,15 @@ def step_time(
 
     computing, tensor, experts = (part * bubble(layout) for part in (computing, tensor * micro, experts * micro))
     exposed = context * micro if parallel.cp_kind == "all_to_all" else max(0.0, context * micro - computing)
-    ranks = [Rank(model, layout, parts, rank) for rank in range(degrees.pp)]
     held = max(ranks, key=lambda rank: rank.content.all.total)
     sharing = _sharing(held, layout, link)
     moved = 2 * sum(held.always().values()) + held.gradients(held.content, whole=False)
     bus = HOST_LINK * assumptions.transfer
-    activations = max(memory.forward_backward.host.get("activations", 0.0) for memory in memories)
+    carried = 2 * max(rank.moved for rank in ranks) * micro
+    if parallel.offload == "parameters":
+        gathers, reduces = _rounds(held)
+        weights, shards = held.always()["weights"], held.gradients(held.content, whole=False)
+        carried += gathers * weights + reduces * shards
     return StepTime(
         {
             "computing": computing,
@@ -159,19 +157,25 @@ def step_time(
             "expert parallel": experts,
             "pipeline": stage * micro,
             "data parallel": max(0.0, sharing - computing),
-            "offloading": max(0.0, 2 * activations * micro / bus - computing),
+            "offloading": max(0.0, carried / bus - computing),
             "optimizer": moved / (bus if parallel.offload != "none" else hardware.bandwidth * assumptions.transfer),
         }
     )
 
 
+def _rounds(rank: Rank) -> tuple[int, int]:
+    """How often in a step weights are gathered and gradients reduced."""
+    layout, micro = rank.layout, rank.layout.num_micro_batches
+    # A pipeline's forward finds gathered what the backward before it has left so.
+    gathers = 1 if layout.stays_gathered else micro + 1 if layout.degrees.pp > 1 else 2 * micro
+    return gathers, 1 if layout.parallel.zero == 1 or rank.keeps_whole_gradients else micro
+
+
 def _sharing(rank: Rank, layout: Layout, link: Callable[[int, int], float]) -> float:
     """Seconds in which weights are gathered and gradients reduced, which run beside computing."""
-    degrees, sizes, micro = layout.degrees, layout.sizes, layout.num_micro_batches
+    degrees, sizes = layout.degrees, layout.sizes
     content, size = rank.content, degrees.dp_shard * degrees.cp
-    # A pipeline's forward finds gathered what the backward before it has left so.
-    gathers = 1 if layout.stays_gathered else micro + 1 if degrees.pp > 1 else 2 * micro
-    reduces = 1 if layout.parallel.zero == 1 or rank.keeps_whole_gradients else micro
+    gathers, reduces = _rounds(rank)
     rate = link(degrees.tp, size)
     share = (size - 1) / size
     moved = gathers * content.all.total * sizes.compute + reduces * content.trained.total * sizes.reduce
