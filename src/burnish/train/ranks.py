@@ -5,6 +5,8 @@ Objects alone are exchanged, and small ones; tensors have their own collectives.
 
 from __future__ import annotations
 
+import pickle
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -56,9 +58,20 @@ class Ranks:
         try:
             return None, function()
         except Exception as error:
+            error = _sendable(error)
             if not getattr(error, "__notes__", ()):
                 error.add_note(f"on rank {self.rank}")
             return error, None
+
+
+def _sendable(error: Exception) -> Exception:
+    """It, or where a class of somebody's own does not survive pickling, its text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        text = "".join(traceback.format_exception_only(error)).strip()
+        return RuntimeError(text).with_traceback(error.__traceback__)
+    return error
 
 
 def _results(outcomes: Sequence[tuple[Exception | None, Result]]) -> list[Result]:
