@@ -32,7 +32,7 @@ SAVED_BY_SELECTIVE = (
 
 
 def _is_kept(op: Any) -> bool:
-    return op in SAVED_BY_SELECTIVE or "varlen_attn" in str(op)
+    return op in SAVED_BY_SELECTIVE or any(name in str(op) for name in ("varlen_attn", "burnish.ring"))
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

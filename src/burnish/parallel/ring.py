@@ -123,21 +123,40 @@ class Task:
     meetings: list[list[Meeting]]
 
 
+_TASKS: dict[int, Task] = {}
+"""Those of the moment: an operator of torch takes numbers, and no objects."""
+
+
+@torch.library.custom_op("burnish::ring", mutates_args=())
+def go_round(q_THE: Tensor, kv_2TGE: Tensor, task: int) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a ring's forward, of all of it: what recomputation keeps as one, or computes again."""
+    ring = _TASKS[task]
+    wide = torch.promote_types(q_THE.dtype, torch.float32)
+    output_THE = torch.zeros_like(q_THE, dtype=wide)
+    lse_TH = output_THE.new_full(q_THE.shape[:2], -torch.inf)
+    here, size = kv_2TGE, ring.group.size()
+    for step in range(size):
+        arriving = _Shift(here, ring.group) if step < size - 1 else None
+        for meeting in ring.meetings[step]:
+            k_MGE, v_MGE = here[:, meeting.keys]
+            part = ring.engine.forward(q_THE[meeting.queries], k_MGE, v_MGE, meeting, ring.scale)
+            _merge(output_THE, lse_TH, meeting.queries, *part)
+        here = arriving.wait() if arriving else here
+    return output_THE.to(q_THE.dtype), lse_TH
+
+
+@go_round.register_fake
+def _(q_THE: Tensor, kv_2TGE: Tensor, task: int) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q_THE.dtype, torch.float32)
+    return torch.empty_like(q_THE), q_THE.new_empty(q_THE.shape[:2], dtype=wide)
+
+
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_THE: Tensor, kv_2TGE: Tensor, task: Task) -> Tensor:
-        wide = torch.promote_types(q_THE.dtype, torch.float32)
-        output_THE = torch.zeros_like(q_THE, dtype=wide)
-        lse_TH = output_THE.new_full(q_THE.shape[:2], -torch.inf)
-        here, size = kv_2TGE, task.group.size()
-        for step in range(size):
-            arriving = _Shift(here, task.group) if step < size - 1 else None
-            for meeting in task.meetings[step]:
-                k_MGE, v_MGE = here[:, meeting.keys]
-                part = task.engine.forward(q_THE[meeting.queries], k_MGE, v_MGE, meeting, task.scale)
-                _merge(output_THE, lse_TH, meeting.queries, *part)
-            here = arriving.wait() if arriving else here
-        output_THE = output_THE.to(q_THE.dtype)
+        _TASKS[id(task)] = task
+        output_THE, lse_TH = go_round(q_THE, kv_2TGE, id(task))
+        del _TASKS[id(task)]
         ctx.task = task
         ctx.save_for_backward(q_THE, kv_2TGE, output_THE, lse_TH)
         return output_THE

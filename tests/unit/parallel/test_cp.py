@@ -19,9 +19,11 @@ from burnish.data.pack import Layout, pack
 from burnish.model import zoo
 from burnish.model.attention import Kernel, attend_sdpa
 from burnish.model.lm_head import score
+from burnish.parallel import ring
 from burnish.parallel.cp import ContextParallel, Kind, check_context_parallel, cut_tokens, pad, pad_to
 from burnish.parallel.degrees import Degrees
 from burnish.parallel.mesh import Mesh
+from burnish.parallel.recompute import recompute_blocks
 from burnish.parallel.ring import CPUEngine, Engine, Meeting, PlainEngine, RingAttention, VarlenEngine, tiles
 from burnish.parallel.zigzag import Span, deal
 from burnish.types import Batch, Documents, Sample
@@ -391,3 +393,30 @@ def test_a_model_over_ranks_has_the_gradients_of_one_process(
     for name, reference in expected.items():
         found = torch.stack([rank[name] for rank in by_rank]).sum(0)
         assert (found - reference).norm() <= 1e-9 * reference.norm(), name
+
+
+def shifts(mode: str) -> tuple[int, int]:
+    """How often keys, or their gradients, go to the next rank in the forward and the backward of a block."""
+    cp, number = ContextParallel(dist.group.WORLD, "ring"), [0]  # pyright: ignore[reportArgumentType]
+
+    class Shift(ring._Shift):
+        def __init__(self, x: Tensor, group: dist.ProcessGroup) -> None:
+            number[0] += 1
+            super().__init__(x, group)
+
+    model = zoo.build(tiny_config(num_hidden_layers=1), cp.kernel(attend_sdpa), dtype=torch.float32, device="cpu")
+    zoo.initialise(model, 0)
+    recompute_blocks(model.blocks(), mode)
+    batch = cp.cut(pad(batch_of((20, 12)), cp.multiple))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(ring, "_Shift", Shift)
+        hidden_TD = model(batch.tokens_T, batch.positions_T, batch.documents)
+        forward = number[0]
+        hidden_TD.sum().backward()
+    return forward, number[0] - forward
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("none", 3), ("selective", 3), ("full", 4)])
+def test_selective_recomputation_sends_nothing_round_a_ring_again(mode: str, expected: int) -> None:
+    """Keys once, and gradients as often as there are ranks."""
+    assert run_ranks(2, shifts, mode) == [(1, expected)] * 2
