@@ -29,6 +29,7 @@ from burnish.observe.memory import Live
 from burnish.parallel.degrees import Degrees
 from burnish.parallel.offload import SMALLEST
 from burnish.parallel.recompute import recompute_blocks
+from burnish.parallel.ring import go_round
 from burnish.parallel.tp import READS_ALL
 from burnish.types import Documents
 
@@ -164,12 +165,11 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_THE: Tensor, kv_2TGE: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         wide = torch.promote_types(q_THE.dtype, torch.float32)
-        output_THE = torch.empty_like(q_THE, dtype=wide)
-        arriving, part = torch.empty_like(kv_2TGE), torch.empty_like(q_THE, dtype=wide)
-        del arriving, part
-        narrow_THE = output_THE.to(q_THE.dtype)
-        ctx.save_for_backward(q_THE, kv_2TGE, narrow_THE, output_THE.new_empty(q_THE.shape[:2]))
-        return narrow_THE
+        passing = [torch.empty_like(q_THE, dtype=wide), torch.empty_like(kv_2TGE), torch.empty_like(q_THE, dtype=wide)]
+        del passing
+        output_THE, lse_TH = go_round(q_THE, kv_2TGE, 0)
+        ctx.save_for_backward(q_THE, kv_2TGE, output_THE, lse_TH)
+        return output_THE
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
