@@ -252,7 +252,6 @@ RANKS = [
     Case("ring2-fp32", recipe=on(cp=2) | FP32, world=2),
     Case("ring2-full", recipe=on(cp=2) | {"train": {"recompute": "full"}}, world=2),
     Case("ring2-selective", recipe=on(cp=2) | {"train": {"recompute": "selective"}}, world=2),
-    Case("ring2-selective", recipe=on(cp=2) | {"train": {"recompute": "selective"}}, world=2),
     Case("ring4", recipe=on(cp=4), lengths=(800, 800), world=4),
     Case("a2a2", recipe=on(cp=2, cp_kind="all_to_all"), world=2),
     Case("a2a2-fp32", recipe=on(cp=2, cp_kind="all_to_all") | FP32, world=2),
