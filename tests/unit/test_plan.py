@@ -34,6 +34,7 @@ from burnish.plan.request import Request
 from burnish.plan.search import possible, search
 from burnish.plan.timing import HARDWARE, bubble
 from burnish.recipe import parse_yaml, read_recipe, recipe_from_dict
+from burnish.train.checkpoint import SavedTensors
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"
 
@@ -366,6 +367,44 @@ def test_fit_ranks_by_time_and_counts_what_it_drops(recipe_file: Path, capsys: p
         "tp does not suit the model",
         "more data ranks than micro-batches in a step",
     }
+
+
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["precision.states=int8"],
+        ["precision.master=bf16", "precision.states=bf16"],
+        ["optim.name=sgd", "model.freeze=[model.embed_tokens.*]", "checkpoint.export_dtype=fp32"],
+        ["lora={rank: 8}"],
+        ["lora={rank: 8, merge: false}"],
+    ],
+    ids=str,
+)
+def test_a_checkpoint_and_an_export_have_the_size_foretold(
+    tmp_path: Path,
+    chatml_tokenizer: Path,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+) -> None:
+    file = written(tmp_path, tiny_config(hidden_size=128, intermediate_size=256))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "one and two", "completion": "three"}\n' * 32)
+    places = [f"model.tokenizer={chatml_tokenizer}", f"run.dir={tmp_path / 'run'}", "run.trackers=[]"]
+    overrides = [*overrides, *places, "run.device=cpu", "train.steps=1"]
+    assert main(["sft", str(file), *overrides]) == 0
+    capsys.readouterr()
+    tree = planned(capsys, file, *overrides, *STATED)
+    (folder,) = (tmp_path / "run" / "checkpoints").glob("iter_*")
+    tensors = SavedTensors(folder)
+    held = sum(tensors[name].nbytes for name in tensors)
+    assert 0 <= held - tree["checkpoint_bytes"] < 8_000  # random states, counts of steps
+    assert 0 <= size_of(folder) - held < 20_000 + 3_000 * len(tensors)  # what torch writes about each
+    exported = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*.safetensors"))
+    assert 0 <= exported - tree["export_bytes"] < 10_000
 
 
 @pytest.mark.parametrize(

@@ -241,6 +241,7 @@ class Report:
             },
             "steps": steps.total,
             "checkpoint_bytes": round(checkpoint_bytes(counts, self.planner.recipe)),
+            "export_bytes": round(export_bytes(counts, self.planner.recipe)),
         }
 
     def _tree(self, estimate: Estimate) -> dict[str, Any]:
