@@ -13,7 +13,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -158,7 +158,7 @@ class Rank:
     def kill(self) -> None:
         """There is no process beside this one."""
 
-    def end_at_once(self, status: int) -> None:
+    def end_at_once(self, status: int) -> NoReturn:
         """End the run as it is, now."""
         self.kill()
         os._exit(status)
@@ -326,7 +326,7 @@ class RankGroup:
     def kill(self) -> None:
         self.ranks.kill()
 
-    def end_at_once(self, status: int) -> None:
+    def end_at_once(self, status: int) -> NoReturn:
         self.kill()
         os._exit(status)
 

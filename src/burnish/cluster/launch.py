@@ -114,7 +114,7 @@ def driving(environment: Mapping[str, str]) -> Iterator[None]:
     which is no driver, it serves rank 0 instead, and the process ends with that."""
     world = environment_world(environment)
     if world is not None and world.rank > 0:
-        sys.exit(serve(world))
+        serve(world)
     with leading(environment):
         yield
 

@@ -378,9 +378,9 @@ class _Seated:
             self._answer(number, self.seat.carry_out(step, *args))
 
 
-def serve(world: World) -> int:
+def serve(world: World) -> NoReturn:
     """Serve rank 0's calls until it says that all is done, or needs no ranks, which ends this process with status 0;
-    when it is gone, with status 1, which is returned where it was gone from the start."""
+    when it is gone, with status 1."""
     sys.stdout.flush()  # which the end of this process does not do
     numbers = (signal.SIGINT, signal.SIGTERM)
     for number in numbers:
@@ -396,7 +396,7 @@ def serve(world: World) -> int:
         peer = _Peer(world, store, tuple(driver["address"]), bytes.fromhex(driver["key"]))
     except OSError:
         LOG.error("the driver is gone: ending")
-        return 1
+        sys.exit(1)
     peer.serve()
 
 
