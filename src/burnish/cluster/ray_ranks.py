@@ -289,7 +289,7 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _within(seconds: float, work: Callable[[], None]) -> None:
+def _within(seconds: float, work: Callable[[], object]) -> None:
     """Do it, or go on without: an end that hangs must not keep the driver from its own."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

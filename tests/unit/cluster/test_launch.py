@@ -39,6 +39,7 @@ from burnish.cluster.ranks import (
     raise_failure,
     shared_values,
 )
+from burnish.cluster.ray_ranks import _within
 from burnish.components import DriverComponents
 from burnish.config import ClusterConfig, RecipeError
 from burnish.recipe import recipe_from_dict
@@ -282,6 +283,16 @@ def test_world_of_one_is_local() -> None:
     assert ranks.call("echo", 1, by_rank=["mine"]) == [(1, "mine")]
     with pytest.raises(KeyError):
         ranks.call("fail", 0, "other")
+
+
+def test_an_end_that_takes_too_long_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    done = threading.Event()
+    _within(0.01, done.wait)
+    assert "ending Ray takes longer than 0.01 s" in caplog.text
+    done.set()
+    caplog.clear()
+    _within(10, done.wait)
+    assert caplog.text == ""
 
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "5"}
