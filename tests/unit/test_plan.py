@@ -28,7 +28,7 @@ from burnish.parallel.tp import parallelize
 from burnish.parallel.trace import Micro, Trace, cut
 from burnish.plan.counting import build_on_meta, count_parameters
 from burnish.plan.layouts import Planner, RankModels
-from burnish.plan.memory import Layout, RankModel, Sizes, rank_memory, total
+from burnish.plan.memory import Layout, Rank, RankModel, Sizes, rank_memory, total
 from burnish.plan.report import to_paste
 from burnish.plan.request import Request
 from burnish.plan.search import possible, search
@@ -224,6 +224,19 @@ def test_offloaded_activations_are_the_host_s() -> None:
     moved = Trace(model, micro, "cuda", offload_activations=True)["none"].blocks[0]
     assert kept.host == 0
     assert moved.kept < 0.1 * kept.kept < moved.host
+
+
+def test_what_a_block_keeps_on_the_host_comes_back_to_a_gpu_while_the_next_goes_backward() -> None:
+    recipe, config = recipe_of(train={"offload_activations": True}), tiny_config(hidden_size=256, num_hidden_layers=4)
+    model = RankModels(config, recipe, Micro((512, 512), 700), "cuda").of(recipe, Degrees())
+    found = []
+    for device in ("cuda", "cpu"):
+        layout = Layout(recipe.parallel, Degrees(), Sizes.of(recipe), 1, device, offloads_activations=True)
+        moments = Rank(model, layout, [range(4)], 0)._forward_backward()
+        found.append([moment.device["activations"] for moment in moments if moment.name == "a backward"])
+    host = model.footprints["none"].blocks[0].host
+    assert host > 0
+    assert [gpu - cpu for gpu, cpu in zip(*found, strict=True)] == [host, host, host, 0]
 
 
 @pytest.mark.parametrize("name", HARDWARE)

@@ -406,7 +406,9 @@ class Rank:
         for number, one in reversed(list(enumerate(passes))):
             content = self.model.blocks[layers[number]]
             reducing = self._reducing(layers, number + 1) if number + 1 < len(layers) else last
-            activations = after + kept[number] + one.backward - shell.hidden
+            # On CUDA what the block before it keeps on the host comes back meanwhile (parallel/offload.py).
+            coming = passes[number - 1].host if number and layout.device == "cuda" else 0.0
+            activations = after + kept[number] + one.backward + coming - shell.hidden
             yield moment("a backward", activations, number, -1, made, communication=reducing)
             if layout.is_sharded:
                 activations = after + kept[number] + content.trained.total * sizes.compute
