@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import native_model, tiny_config
 from workshop import Workshop
 
 PLAIN = {"checkpoint": {"every": None}, "evaluate": {"every": None}, "run": {"dir": "runs/a", "trackers": []}}
@@ -12,11 +16,15 @@ PLAIN = {"checkpoint": {"every": None}, "evaluate": {"every": None}, "run": {"di
 
 @pytest.mark.slow
 def test_what_ranks_refuse_is_one_line(workshop: Workshop) -> None:
-    """The driver, which has no weights, does not know it."""
-    recipe = str(workshop.recipe(**PLAIN))
-    keys = ["cluster.devices_per_node=2", "train.router_aux_loss=0.1"]
-    output = workshop.burnish("sft", recipe, *keys, "--dry-run", status=2)
-    assert output.splitlines()[-1].startswith("burnish: error: train.router_aux_loss=0.1")
+    """The driver, which reads no weights, does not know it."""
+    native_model(tiny_config(), torch.float32).export(workshop.folder / "model", torch.float32)
+    file = workshop.folder / "model/model.safetensors"
+    stored = load_file(file)
+    save_file(stored | {"lm_head.weight": stored["model.embed_tokens.weight"] + 1}, file)
+    keys = ["cluster.devices_per_node=2", "model.init=null", "model.path=model"]
+    output = workshop.burnish("sft", str(workshop.recipe(**PLAIN)), *keys, "--dry-run", status=1)
+    assert "joined the process group" in output
+    assert re.match("burnish: error: .* the two are stored with different values", output.splitlines()[-1])
     assert "Traceback" not in output
 
 
