@@ -228,6 +228,7 @@ CASES = [
     Case("bf16-lora-short", SHORT, {"lora": {"rank": 8}}, (64, 64), micro_batches=2),
     Case("bf16-lora-selective", recipe={"lora": {"rank": 8}, "train": {"recompute": "selective"}}),
     Case("bf16-moe", MOE),
+    Case("bf16-moe-selective", MOE, {"train": {"recompute": "selective"}}),
     Case("bf16-mla", MLA),
 ]
 RANKS = [
@@ -273,6 +274,7 @@ RANKS = [
     Case("moe-zero3", MOE, world=2),
     Case("ep2", MOE, on(ep=2), world=2),
     Case("ep2-short", MOE | {"moe_intermediate_size": 1024}, on(ep=2), (64, 64), world=2),
+    Case("ep2-selective", MOE, on(ep=2) | {"train": {"recompute": "selective"}}, world=2),
     Case("ep2-full", MOE, on(ep=2) | {"train": {"recompute": "full"}}, world=2),
     Case("moe-tp2", MOE, on(tp=2), world=2),
     Case("ep2-tp2", MOE, on(ep=2, tp=2), world=2),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -271,6 +273,16 @@ def test_a_plan_counts_steps_and_bytes(recipe_file: Path, capsys: pytest.Capture
     assert tree["seconds"]["step"] == pytest.approx(sum(v for k, v in tree["seconds"].items() if k != "step"))
 
 
+def test_a_number_of_devices_that_nobody_said_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path, tiny_config(), "cluster: {address: auto, num_nodes: 2}\n")
+    said = {}
+    for arguments in ((), ("--devices", "4"), ("cluster.devices_per_node=4",)):
+        assert main(["plan", str(file), *STATED, *arguments]) == 0
+        said[arguments] = capsys.readouterr().out
+    assert "2 devices, the least that the recipe may have; --devices N plans for more" in said.pop(())
+    assert not any("the least that the recipe may have" in out for out in said.values())
+
+
 def test_what_does_not_fit_is_said_by_the_exit_status(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert planned(capsys, recipe_file, *STATED, "--memory", "0.0001", status=3)["fits"] is False
 
@@ -443,6 +455,39 @@ def test_keys_that_do_nothing_are_told_beside_the_plan(recipe_file: Path, capsys
     said = capsys.readouterr()
     assert json.loads(said.out)
     assert "warning: parallel.pp_schedule=gpipe has no effect with parallel.pp=1; " in said.err
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+WRITTEN_COMMANDS = re.findall(r"^burnish plan (.*?) *(?:#.*)?$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", WRITTEN_COMMANDS)
+def test_a_command_of_the_page_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    chatml_tokenizer: Path,
+    command: str,
+) -> None:
+    config = tiny_config("qwen3_moe", num_hidden_layers=4, max_position_embeddings=4096)
+    file = written(tmp_path, config, f"run: {{dir: {tmp_path / 'run'}}}\n")
+    text = file.read_text().replace("tokenizer: none", f"tokenizer: {chatml_tokenizer}")
+    file.write_text(text.replace("samples: 16, tokens_per_micro_batch: 256", "samples: 64"))
+    rows = '{"prompt": "one and two", "completion": "three"}\n'
+    (tmp_path / "rows.jsonl").write_text(rows * 64)
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *shlex.split(command)]) == 0
+    out = capsys.readouterr().out
+    assert "memory of a rank" in out
+    assert "a step" in out or "--hardware" not in command
+    assert (tmp_path / "plan.json").exists() == ("--json" in command)
+
+
+def test_the_refusal_of_the_page_is_the_command_s(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = written(tmp_path, config_of("glm-4.7-flash"))
+    assert main(["plan", str(file), *STATED, "parallel.tp=8"]) == 2
+    (said,) = re.findall(r"burnish: error: (.*)\n", capsys.readouterr().err)
+    assert " ".join(said.split()) in " ".join(PAGE.split())
 
 
 def test_missing_rows_are_said_with_a_way_without(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,6 +183,12 @@ class Planner:
         """Whose kernels are planned for."""
         return "cpu" if self.recipe.run.device == "cpu" else "cuda"
 
+    @property
+    def is_world_known(self) -> bool:
+        """Whether request or recipe say how many ranks there are."""
+        cluster = self.recipe.cluster
+        return not (self.request.devices is cluster.device_mapping is None and cluster.devices_per_node == "auto")
+
     def _world(self) -> int:
         parallel, cluster = self.recipe.parallel, self.recipe.cluster
         if self.request.devices is not None:
@@ -192,7 +198,7 @@ class Planner:
         if cluster.devices_per_node != "auto":
             return cluster.num_nodes * cluster.devices_per_node
         shards = 1 if parallel.dp_shard == "auto" else parallel.dp_shard
-        return parallel.dp_replicate * shards * parallel.cp * parallel.tp * parallel.pp
+        return max(parallel.dp_replicate * shards * parallel.cp * parallel.tp * parallel.pp, cluster.num_nodes)
 
     def check(self, recipe: Recipe, degrees: Degrees) -> None:
         """Raises RecipeError for a layout that the model cannot have."""

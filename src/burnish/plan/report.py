@@ -129,6 +129,9 @@ class Report:
             )
         if estimate is not None:
             facts.append(("layout", layout_text(recipe, self.planner.degrees)))
+        if not self.planner.is_world_known:
+            number = _devices(self.planner.degrees.world)
+            facts.append(("devices", f"{number}, the least that the recipe may have; --devices N plans for more"))
         facts.append(("precision", precision_text(recipe)))
         if self.planner.hardware is not None:
             facts.append(("hardware", f"{self.planner.degrees.world} x {self.planner.hardware.name}"))

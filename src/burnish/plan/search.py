@@ -190,5 +190,6 @@ def _obstacle(planner: Planner, recipe: Recipe, degrees: Degrees) -> str | None:
         planner.check(recipe, replace(degrees, pp=1))
     except RecipeError as error:
         key = re.match(r"parallel\.(\w+)", str(error))
-        return f"{key[1] if key is not None else 'the layout'} does not suit the model"
+        name = key[1] if key is not None else "the layout"
+        return f"{f'cp by {recipe.parallel.cp_kind}' if name == 'cp' else name} does not suit the model"
     return None
