@@ -33,7 +33,7 @@ from burnish.files import sync, write_whole
 from burnish.parallel.mesh import world_timeout
 from burnish.train.dcp_metadata import InertReader, parse
 from burnish.train.dcp_write import HostCopies, Piece, pieces, write_pieces
-from burnish.train.ranks import Ranks
+from burnish.train.together import Together
 from burnish.train.states import Coded, local_part
 from burnish.types import UserError
 
@@ -87,7 +87,7 @@ def save_checkpoint(
     On return everything is on the disk. All ranks raise CheckpointError where one cannot write, on a full disk for
     instance; what was there is then still valid.
     """
-    ranks = Ranks(group)
+    ranks = Together(group)
     return _save(ranks, Path(root), step, _prepared(ranks, tensors, state, pieces), keep, protect)
 
 
@@ -101,7 +101,7 @@ class Checkpointer:
     def __init__(self) -> None:
         # A group of its own, because its thread must not come between the collectives of training.
         group = dist.new_group(backend="gloo", timeout=world_timeout()) if dist.is_initialized() else None
-        self._ranks = Ranks(group)  # pyright: ignore[reportArgumentType] - this rank is in the group
+        self._ranks = Together(group)  # pyright: ignore[reportArgumentType] - this rank is in the group
         self._copies = HostCopies()
         self._pending: Future[Path] | None = None
 
@@ -164,7 +164,7 @@ def load_checkpoint(
     damage, and where the names that ranks ask for, their shapes and types are not exactly those of the checkpoint; what
     does not begin with `prefix` is left unread. Checkpoints of version 1 are read on one process.
     """
-    folder, ranks = Path(folder), Ranks(group)
+    folder, ranks = Path(folder), Together(group)
     if not verified:
         verify_checkpoint(folder, group=group)
     contents: list[tuple[dict[str, Any], Metadata]] = []
@@ -213,7 +213,7 @@ def verify_checkpoint(folder: str | Path, *, group: dist.ProcessGroup | None = N
 
     Raises DamagedCheckpoint on all of them where one differs.
     """
-    folder, ranks = Path(folder), Ranks(group)
+    folder, ranks = Path(folder), Together(group)
 
     def verify_share() -> None:
         files = _read_manifest(folder)["files"]
@@ -332,7 +332,7 @@ def recover(root: str | Path) -> tuple[str, ...]:
 
 
 def _prepared(
-    ranks: Ranks,
+    ranks: Together,
     tensors: Mapping[str, Tensor | Coded],
     state: Mapping[str, Any],
     make_pieces: Callable[[Mapping[str, Tensor | Coded]], dict[str, Piece]],
@@ -350,7 +350,7 @@ def _prepared(
 
 
 def _save(
-    ranks: Ranks,
+    ranks: Together,
     root: Path,
     step: int,
     prepared: tuple[dict[str, Piece], dict[str, Any]],
@@ -590,7 +590,7 @@ def _difference(metadata: Metadata, name: str, here: Tensor) -> str | None:
     )
 
 
-def _require_same(ranks: Ranks, folder: Path, metadata: Metadata, wanted: Mapping[str, Tensor], prefix: str) -> None:
+def _require_same(ranks: Together, folder: Path, metadata: Metadata, wanted: Mapping[str, Tensor], prefix: str) -> None:
     def compare() -> tuple[Set[str], list[str]]:
         differences = (_difference(metadata, name, tensor) for name, tensor in wanted.items())
         return set(wanted), [difference for difference in differences if difference]

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from burnish.train.ranks import Ranks
+from burnish.train.together import Together
 from burnish.train.states import Coded, local_part
 
 
@@ -86,7 +86,7 @@ def _host_buffer(values: Tensor) -> Tensor:
     return torch.empty_like(values, device="cpu", pin_memory=values.is_cuda, memory_format=torch.contiguous_format)
 
 
-def write_pieces(ranks: Ranks, folder: Path, own_pieces: Mapping[str, Piece]) -> dict[str, dict[str, Any]]:
+def write_pieces(ranks: Together, folder: Path, own_pieces: Mapping[str, Piece]) -> dict[str, dict[str, Any]]:
     """Write the pieces of all ranks, those that several hold once; returns size and checksum of every file.
 
     All ranks raise what goes wrong on one.

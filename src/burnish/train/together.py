@@ -16,7 +16,7 @@ Given = TypeVar("Given")
 Result = TypeVar("Result")
 
 
-class Ranks:
+class Together:
     """The ranks of `group`, of the default process group for None, or this process alone where there is none."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ranks import run_ranks
 
-from burnish.train.ranks import Ranks
+from burnish.train.together import Together
 
 
 class Locked(Exception):
@@ -29,12 +29,12 @@ ERRORS = (ValueError("a.json is broken"), Locked("a.json"), Named("a.json", 3))
 
 
 def _fail(number: int, at: int) -> None:
-    if Ranks().rank == at:
+    if Together().rank == at:
         raise ERRORS[number]
 
 
 def _raised(how: str, number: int, at: int) -> tuple[str, str]:
-    ranks = Ranks()
+    ranks = Together()
 
     def divide(given: Sequence[None]) -> Sequence[None]:
         _fail(number, at)
