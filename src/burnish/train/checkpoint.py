@@ -33,8 +33,8 @@ from burnish.files import sync, write_whole
 from burnish.parallel.mesh import world_timeout
 from burnish.train.dcp_metadata import InertReader, parse
 from burnish.train.dcp_write import HostCopies, Piece, pieces, write_pieces
-from burnish.train.together import Together
 from burnish.train.states import Coded, local_part
+from burnish.train.together import Together
 from burnish.types import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"

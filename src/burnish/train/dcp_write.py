@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from burnish.train.together import Together
 from burnish.train.states import Coded, local_part
+from burnish.train.together import Together
 
 
 @dataclass(frozen=True, slots=True)
