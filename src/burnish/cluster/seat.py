@@ -196,15 +196,16 @@ class Seat:
         return self.whereabouts()
 
     def whereabouts(self) -> str:
-        """The innermost line of the call that runs, and the innermost of it outside libraries."""
+        """The innermost line of the thread that carries out calls, and the innermost of it outside libraries."""
         frame = sys._current_frames().get(self._thread)
-        if self._calling is None or frame is None:
+        if frame is None:
             return "between calls"
         calls = traceback.extract_stack(frame)
         libraries = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
         own = [call for call in calls if not call.filename.startswith((*libraries, "<", os.path.dirname(__file__)))]
         shown = [calls[-1], *(own[-1:] if own and own[-1] != calls[-1] else [])]
-        return ", in ".join(f"{call.name} ({call.filename}:{call.lineno})" for call in shown)
+        where = ", in ".join(f"{call.name} ({call.filename}:{call.lineno})" for call in shown)
+        return where if self._calling is not None else f"between calls, in {where}"  # such as a handler of signals
 
 
 def interface_of(address: str) -> str | None:

@@ -40,6 +40,7 @@ from burnish.cluster.ranks import (
     shared_values,
 )
 from burnish.cluster.ray_ranks import _within
+from burnish.cluster.seat import Seat
 from burnish.components import DriverComponents
 from burnish.config import ClusterConfig, RecipeError
 from burnish.recipe import recipe_from_dict
@@ -367,6 +368,12 @@ def test_what_the_user_sees_of_a_hang() -> None:
     ):
         assert part in text
     assert "but for" not in str(hang("step", 5.0, where, dict.fromkeys(range(3), "here"), 3, "runs/a/logs"))
+
+
+def test_a_thread_that_is_held_up_between_calls_is_seen() -> None:
+    where = Seat().whereabouts()
+    assert where.startswith("between calls, in whereabouts (")
+    assert f"test_a_thread_that_is_held_up_between_calls_is_seen ({__file__}:" in where
 
 
 def test_shared_values_are_told_by_identity() -> None:
