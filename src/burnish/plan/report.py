@@ -88,19 +88,15 @@ class Report:
                     "smaller batch.tokens_per_micro_batch, or narrower precision.states"
                 )
             return Section("layouts", ("",), (), (note,), is_bad=True)
-        names = ("replicate", "shard", "tp", "cp", "pp", "ep", "zero", "recompute", "also", "GiB", "host", "a step")
         rows = []
         for estimate in found.best:
-            degrees, recipe = estimate.layout.degrees, estimate.recipe
-            axes = [getattr(degrees, name) for name in ("dp_replicate", "dp_shard", "tp", "cp", "pp", "ep")]
-            host = max(memory.host for memory in estimate.memories)
+            recipe, host = estimate.recipe, max(memory.host for memory in estimate.memories)
             assert estimate.time is not None
             rows.append(
                 (
-                    *(str(degree) for degree in axes),
+                    ", ".join(_words(recipe, estimate.layout.degrees)) or "one process",
                     str(recipe.parallel.zero),
                     recipe.train.recompute,
-                    ", ".join(manners(recipe, degrees)),
                     gib(estimate.peak),
                     gib(host) if host else "",
                     seconds_text(estimate.time.total),
@@ -113,7 +109,8 @@ class Report:
                 "of parallelism, then with least recomputation"
             )
         if found.is_offloaded:
-            notes.append("nothing fits without more in the host's memory, which needs room for `host` GiB of each rank")
+            notes.append("nothing fits without more in the host's memory, which needs room for that of each rank")
+        names = ("layout", "zero", "recompute", "GiB", "host GiB", "a step")
         return _without_empty(Section("layouts, fastest first", names, rows, notes))
 
     def _facts(self, estimate: Estimate | None) -> list[tuple[str, str]]:
@@ -286,22 +283,19 @@ def layout_keys(estimate: Estimate) -> dict[str, Any]:
 
 
 def layout_text(recipe: Recipe, degrees: Degrees) -> str:
-    """Degrees above 1, and what else makes a layout."""
-    if degrees.world == 1:
-        return f"one process, recompute {recipe.train.recompute}"
-    names = ("dp_replicate", "dp_shard", "tp", "cp", "pp", "ep", "etp")
-    words = [f"{name} {getattr(degrees, name)}" for name in names if getattr(degrees, name) > 1]
+    """A layout in words."""
+    words = _words(recipe, degrees)
     if degrees.dp_shard * degrees.cp > 1:
         words.append(f"zero {recipe.parallel.zero}")
-    words += [word for word in manners(recipe, degrees) if not word.startswith("etp")]
-    return f"{degrees.world} ranks: {', '.join(words)}, recompute {recipe.train.recompute}"
+    words.append(f"recompute {recipe.train.recompute}")
+    return f"one process, {', '.join(words)}" if degrees.world == 1 else f"{degrees.world} ranks: {', '.join(words)}"
 
 
-def manners(recipe: Recipe, degrees: Degrees) -> list[str]:
-    """What makes a layout beside its degrees, where it is not the default."""
-    parallel, words = recipe.parallel, []
-    if degrees.etp > 1:
-        words.append(f"etp {degrees.etp}")
+def _words(recipe: Recipe, degrees: Degrees) -> list[str]:
+    """Degrees above 1, and what else makes a layout where it is not the default."""
+    parallel = recipe.parallel
+    names = ("dp_replicate", "dp_shard", "tp", "cp", "pp", "ep", "etp")
+    words = [f"{name} {getattr(degrees, name)}" for name in names if getattr(degrees, name) > 1]
     if degrees.cp > 1 and parallel.cp_kind != "ring":
         words.append(parallel.cp_kind)
     if degrees.pp > 1 and parallel.pp_schedule != "1f1b":
@@ -356,12 +350,8 @@ def _shown(memories: Sequence[RankMemory]) -> list[RankMemory]:
 
 
 def _without_empty(section: Section) -> Section:
-    """Without the degrees that are 1 and the cells that are empty in all rows."""
-    kept = [
-        column
-        for column, name in enumerate(section.columns)
-        if name == "shard" or any(row[column] not in ("1", "") for row in section.rows)
-    ]
+    """Without the columns that are empty in all rows."""
+    kept = [column for column in range(len(section.columns)) if any(row[column] for row in section.rows)]
     rows = [tuple(row[column] for column in kept) for row in section.rows]
     return replace(section, columns=tuple(section.columns[column] for column in kept), rows=rows)
 
