@@ -242,7 +242,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
         return plan(Request(**{name: value for name, value in vars(parsed).items() if name != "command"}))
     if parsed.command == "evaluate":
-        from burnish.sft import evaluate_folder
+        from burnish.commands import evaluate_folder
 
         values = evaluate_folder(parsed.model, parsed.data, parsed.overrides)
         print(
@@ -252,7 +252,7 @@ def _run(parsed: argparse.Namespace) -> int:
         )
         return 0
     if parsed.command == "export":
-        from burnish.sft import export_run
+        from burnish.commands import export_run
 
         print(export_run(parsed.run, parsed.step, parsed.out))
         return 0

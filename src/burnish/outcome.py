@@ -1,4 +1,5 @@
-"""What is said of a run: the facts at its start, summary.json, report.html. It computes and trains nothing."""
+"""What a run leaves behind: the facts at its start, summary.json, report.html, the exported model and its card. It
+computes and trains nothing."""
 
 from __future__ import annotations
 
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from burnish.components import Components
+from burnish.config import Recipe
 from burnish.data.chat import TextTokenizer
 from burnish.data.feed import Feed, Preparation
 from burnish.data.pack import Layout
 from burnish.data.prepare import DROPPED, count_rows
 from burnish.data.rows import Rows
+from burnish.export import Card, SavedWeights, write_export
 from burnish.files import write_whole
 from burnish.length import RunLength
+from burnish.model.vocabulary import stop_ids
 from burnish.observe.environment import environment, versions
 from burnish.observe.flops import formula_text
 from burnish.observe.metrics import read
@@ -31,7 +35,8 @@ from burnish.observe.report import (
 from burnish.observe.units import count_text, duration_text
 from burnish.rank import Rank, RankGroup
 from burnish.recipe import dump
-from burnish.run import Run, RunFolder
+from burnish.run import Progress, Run, RunFolder
+from burnish.train.optim import DTYPES
 from burnish.types import Sample
 
 PICTURED_ROWS = 2_000
@@ -314,3 +319,35 @@ def _source_summary(
     kept = counts.get("kept", 0)
     rows = counts.get("rows", kept + sum(dropped.values()))
     return SourceSummary(name, split, rows, kept, dropped, counts.get("cut", 0), tokens, num_trained, lengths)
+
+
+def export_model(
+    rank: Rank | RankGroup | SavedWeights,
+    parts: Components,
+    recipe: Recipe,
+    run: RunFolder,
+    progress: Progress,
+    target: Path,
+) -> Path:
+    """Write the weights that `rank` holds now, which are those of `progress`, as a Hugging Face folder; returns it."""
+    model, last = parts.loaded.model, progress.last_evaluation
+    card = Card(
+        name=recipe.run.name or run.path.name,
+        base_model=recipe.model.path,
+        step=progress.step,
+        samples=progress.totals.samples,
+        tokens=progress.totals.tokens,
+        trained_tokens=progress.totals.trained_tokens,
+        held_out_loss=last.get("eval/loss") if last.get("step") == progress.step else None,
+        sources=trained_rows(run),
+        recipe=dump(recipe),
+        versions=versions(),
+    )
+    return write_export(
+        target,
+        lambda folder: rank.export(folder, DTYPES[recipe.checkpoint.export_dtype]),
+        parts.tokenizer,
+        parts.generation_config,
+        stop_ids(parts.tokenizer_facts, model.config, parts.generation_config),
+        card,
+    )

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import date
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,47 +35,41 @@ from burnish.data.feed import Feed, Preparation
 from burnish.data.pack import Layout, pack
 from burnish.data.source import BatchSize, Prefetch, RowsError
 from burnish.evaluate import evaluate
-from burnish.export import Card, SavedWeights, write_export
 from burnish.length import RunLength, needs_every_row, run_length
 from burnish.loop import fit
 from burnish.model.attention import check_attention
 from burnish.model.hf_io import check_weights, locate_tensors
-from burnish.model.lora import check_adapter, settings_of
-from burnish.model.vocabulary import stop_ids
-from burnish.model.zoo import locate
+from burnish.model.lora import check_adapter
 from burnish.observe.console import Console, logging_to
-from burnish.observe.environment import versions
 from burnish.observe.metrics import MetricsWriter, StepWindow, Stopwatch, cut
 from burnish.observe.trackers import check_trackers, open_trackers
 from burnish.outcome import (
     dropped_warnings,
+    export_model,
     result_facts,
     start_facts,
     summarise,
-    trained_rows,
     write_facts,
     write_run_report,
 )
 from burnish.parallel.checks import check_layout
 from burnish.parallel.degrees import Degrees
 from burnish.rank import Rank, RankGroup, choose_layout, evaluation_layout
-from burnish.recipe import dump, read_recipe, recipe_from_dict
+from burnish.recipe import read_recipe, recipe_from_dict
 from burnish.resume import altering_keys, check_resumable
 from burnish.run import Progress, Run, RunFolder
 from burnish.signals import stop_on_signals
 from burnish.train.checkpoint import (
     TRACKER,
-    SavedTensors,
     checkpoint_folder,
     damaged,
     fault_of,
     find_checkpoint,
-    latest_checkpoint,
     read_state,
     recover,
     verify_checkpoint,
 )
-from burnish.train.optim import DTYPES, weight_decays
+from burnish.train.optim import weight_decays
 from burnish.types import Sample, StepInput, UserError
 
 LOG = logging.getLogger(__name__)
@@ -222,7 +215,7 @@ class SFT:
     def export(self, folder: str | Path) -> Path:
         """Write the model as it is now as a Hugging Face folder; returns it."""
         rank = self._rank_with_saved_weights()
-        return _export(rank, self.parts, self.recipe, self.folder, self._progress, Path(folder))
+        return export_model(rank, self.parts, self.recipe, self.folder, self._progress, Path(folder))
 
     def _rank_with_saved_weights(self) -> Rank:
         """The model in this process, with the weights of the run's end where that was elsewhere or before."""
@@ -449,7 +442,7 @@ class SFT:
             evaluate_config=recipe.evaluate,
             held_out_loss=(lambda trainer: evaluate(trainer, held_out, layout)) if held_out else None,
             answers=(lambda: self._answers(session.trainer)) if recipe.evaluate.prompts else None,
-            export=lambda step: _export(session.trainer, parts, recipe, folder, progress, folder.export(step)),
+            export=lambda step: export_model(session.trainer, parts, recipe, folder, progress, folder.export(step)),
             identity=session.identity,
             log_every=recipe.run.log_every,
             stop_on_nonfinite=recipe.train.on_nonfinite == "stop",
@@ -512,7 +505,7 @@ class SFT:
             run.save(session.trainer, session.source)  # a run that goes on from the end of another folder's
         if checkpoint.export != "never":
             target = self.folder.export(progress.step)
-            exported = _export(session.trainer, self.parts, self.recipe, self.folder, progress, target)
+            exported = export_model(session.trainer, self.parts, self.recipe, self.folder, progress, target)
         session.trainer.finish_saves()
         if not self.is_alone:
             self._saved_weights = checkpoint_folder(self.folder.checkpoints, progress.step)
@@ -552,38 +545,6 @@ def _fits(recipe: Recipe, world: int) -> bool:
     except RecipeError:
         return False
     return True
-
-
-def _export(
-    rank: Rank | RankGroup | SavedWeights,
-    parts: Components,
-    recipe: Recipe,
-    run: RunFolder,
-    progress: Progress,
-    target: Path,
-) -> Path:
-    """Write the weights that `rank` holds now, which are those of `progress`, as a Hugging Face folder; returns it."""
-    model, last = parts.loaded.model, progress.last_evaluation
-    card = Card(
-        name=recipe.run.name or run.path.name,
-        base_model=recipe.model.path,
-        step=progress.step,
-        samples=progress.totals.samples,
-        tokens=progress.totals.tokens,
-        trained_tokens=progress.totals.trained_tokens,
-        held_out_loss=last.get("eval/loss") if last.get("step") == progress.step else None,
-        sources=trained_rows(run),
-        recipe=dump(recipe),
-        versions=versions(),
-    )
-    return write_export(
-        target,
-        lambda folder: rank.export(folder, DTYPES[recipe.checkpoint.export_dtype]),
-        parts.tokenizer,
-        parts.generation_config,
-        stop_ids(parts.tokenizer_facts, model.config, parts.generation_config),
-        card,
-    )
 
 
 def _as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path, model: Any) -> Recipe:
@@ -650,73 +611,3 @@ def _all_trained(length: int, number: int, vocab_size: int) -> Sample:
     weights = np.ones(length, np.float32)
     weights[0] = 0
     return Sample(tokens, weights, "memory check", number)
-
-
-def evaluate_folder(model: str, data: str, overrides: Sequence[str] = ()) -> dict[str, float]:
-    """Held-out loss, perplexity and accuracy on the rows of `data`: of a Hugging Face folder or hub id, or of a folder
-    of adapters beside the base that it names.
-
-    Overrides without a dot are keys of the source (`prompt_key=question`), others keys of a recipe.
-    """
-    if (Path(model) / "recipe.yaml").is_file():
-        exports = sorted((Path(model) / "hf").glob("step-*"), key=lambda path: path.stat().st_mtime)
-        remedy = f"give {exports[-1]}" if exports else f"run `burnish export {model}` first"
-        raise UserError(f"{model} is a run folder, not a model; {remedy}")
-    is_recipe_key = {override: "." in override.partition("=")[0] for override in overrides}
-    keys = [override if dotted else f"data.validation.0.{override}" for override, dotted in is_recipe_key.items()]
-    named: dict[str, Any] = {"model": {"path": model}}
-    if (Path(model) / "adapter_config.json").is_file():
-        base, lora = settings_of(Path(model))
-        tokenizer = model if (Path(model) / "tokenizer_config.json").is_file() else None
-        named = {"model": {"path": base, "tokenizer": tokenizer}, "lora": lora}
-    tree = {
-        **named,
-        "data": {"validation": [{"path": data}], "date": date.today().isoformat()},
-        "precision": {"compute": "fp32"},
-    }
-    return SFT(recipe_from_dict(tree, keys)).evaluate()
-
-
-def export_run(run: str, step: int | None = None, out: str | None = None) -> Path:
-    """Write a checkpoint of the run folder `run` as a Hugging Face folder; returns where it lies.
-
-    Raises UserError where there is no such run or checkpoint.
-    """
-    folder = RunFolder(run)
-    if not (folder.path / "recipe.yaml").is_file():
-        raise UserError(f"{run} is no run folder: it has no recipe.yaml; name the run.dir of a recipe")
-    checkpoint = latest_checkpoint(folder.checkpoints) if step is None else checkpoint_folder(folder.checkpoints, step)
-    if checkpoint is None or not checkpoint.is_dir():
-        there = ", ".join(sorted(path.name for path in folder.checkpoints.glob("iter_*"))) or "none"
-        raise UserError(f"{run} has no checkpoint{'' if step is None else f' of step {step}'}; there are: {there}")
-    verify_checkpoint(checkpoint)
-    recipe = read_recipe(folder.path / "recipe.yaml")
-    tensors = SavedTensors(checkpoint)
-    progress = Progress.from_state(tensors.state["progress"])
-    target = Path(out) if out else folder.export(progress.step)
-    # Weights come from the checkpoint and the rest from RUN/model, so that what the run began with may be gone.
-    own, is_merged = str(folder.path / "model"), recipe.lora is not None and recipe.lora.merge
-    data = recipe.data.model_copy(update={"chat_template": None})  # RUN/model has it already
-    begun = {"path": None, "init": own} if recipe.model.init or not is_merged else {}
-    model = recipe.model.model_copy(update={**begun, "tokenizer": own})
-    opened = recipe.model_copy(update={"model": model, "data": data})
-    if not is_merged:
-        parts = DriverComponents(opened, folder.path)
-        is_adapter, base = recipe.lora is not None, recipe.model.path
-        weights = SavedWeights(tensors, parts.loaded.model, is_adapter=is_adapter, base_model=base)
-        return _export(weights, parts, recipe, folder, progress, target)
-    try:
-        origin = locate(model)
-    except UserError as error:
-        raise UserError(
-            f"{checkpoint} holds adapters alone, and to add them in, as lora.merge says, takes the model they were "
-            f"trained beside: {error}"
-        ) from None
-    if recipe.model.init or origin.implementation == "transformers":
-        whole = Components(opened, folder.path)  # neither draws nor reads one tensor at a time
-        rank = Rank(whole)
-        rank.load_weights(checkpoint)
-        return _export(rank, whole, recipe, folder, progress, target)
-    parts = DriverComponents(opened, folder.path)
-    weights = SavedWeights(tensors, parts.loaded.model, origin.folder)
-    return _export(weights, parts, recipe, folder, progress, target)
