@@ -310,16 +310,16 @@ def test_the_others_end_with_a_driver_that_is_refused(workshop: Workshop, key: s
 
 @pytest.mark.slow
 def test_a_rank_that_fails_is_told_and_ends_the_others(workshop: Workshop) -> None:
-    """A weight that is missing from the checkpoint is found by ranks alone."""
+    """That a tied weight is stored twice, with other values, is found by ranks alone."""
     recipe = str(workshop.recipe(**FULL, train={"steps": 1}))
     workshop.burnish("sft", recipe)
     folder = workshop.folder / "runs/a/hf/step-1"
     tensors = load_file(folder / "model.safetensors")
-    del tensors["model.norm.weight"]
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     keys = ["model.init=null", "model.path=runs/a/hf/step-1", "model.tokenizer=tokenizer", "run.dir=runs/b"]
     output = workshop.burnish("sft", recipe, *keys, world=2, status=1)
-    assert "model.norm.weight" in output
+    assert "lm_head.weight" in output
     assert "Traceback" not in output
 
 
