@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -262,8 +262,7 @@ class SFT:
             try:
                 yield rank
             except Exception:
-                with suppress(UserError):  # what ends the run is said, and no save goes on behind the next one's back
-                    rank.finish_saves()
+                _finish_after_failure(rank)
                 raise
             return
         recipe, parallel = self.recipe, self.recipe.parallel
@@ -287,8 +286,7 @@ class SFT:
             yield group
         except BaseException as error:
             if group is not None and isinstance(error, Exception) and not isinstance(error, ClusterError):
-                with suppress(UserError):  # what ends the run is said, and a save under way is not lost to it
-                    group.finish_saves()
+                _finish_after_failure(group)
             ranks.kill()
             raise
         ranks.close()
@@ -537,6 +535,16 @@ def _pinned(recipe: Recipe, found: Path) -> Recipe:
     if path is None or Path(path).expanduser().is_dir():
         return recipe
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": found.name})})
+
+
+def _finish_after_failure(trainer: Rank | RankGroup) -> None:
+    """Have a save under way finished where something else ends the run, which is what is raised."""
+    try:
+        trainer.finish_saves()
+    except ClusterError:
+        return  # ranks that failed have ended, and their saves with them
+    except UserError as error:
+        LOG.warning("the save under way failed, too: %s", error)
 
 
 def _fits(recipe: Recipe, world: int) -> bool:

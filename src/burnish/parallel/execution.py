@@ -50,11 +50,15 @@ class Execution:
 
     def trained_names(self) -> list[str]:
         """The names of the parameters that are trained on any rank."""
-        return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        return [name for name, parameter in self._all_layers().named_parameters() if parameter.requires_grad]
 
     def weight_names(self) -> list[str]:
         """The names of the whole model's weights in order, those of adapters aside."""
-        return list(named_weights(self.model))
+        return list(named_weights(self._all_layers()))
+
+    def _all_layers(self) -> CausalLM:
+        """The model with the layers of all ranks, for its names; it may be on meta."""
+        return self.model
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the model on this rank, by name: parameters, but not those of a base that only
@@ -64,7 +68,7 @@ class Execution:
     @property
     def is_sparse(self) -> bool:
         """Whether any layer of the model has experts."""
-        return bool(routers_of(self.model))
+        return bool(routers_of(self._all_layers()))
 
     def routers(self) -> dict[str, Router]:
         """The routers of this rank's layers, by the names of those."""
@@ -170,19 +174,12 @@ class MeshExecution(Execution):
         """The parts of the model on this rank."""
         return [self.model] if self.pipeline is None else list(self.pipeline.stages.values())
 
-    @property
-    def is_sparse(self) -> bool:
-        return bool(routers_of(self.whole))
+    def _all_layers(self) -> CausalLM:
+        return self.whole
 
     @property
     def storage(self) -> torch.device:
         return torch.device("cpu") if self.sharding.is_offloaded else self.device
-
-    def trained_names(self) -> list[str]:
-        return [name for name, parameter in self.whole.named_parameters() if parameter.requires_grad]
-
-    def weight_names(self) -> list[str]:
-        return list(named_weights(self.whole))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return super().parameters() if self.pipeline is None else own_parameters(self.pipeline.stages)
