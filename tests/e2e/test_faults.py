@@ -239,9 +239,10 @@ def test_a_head_that_is_killed_ends_the_run(shop: Workshop, timed) -> None:
 def small_disk(folder: Path, size: str) -> Iterator[None]:
     """A file system of `size` at `folder`. Skips the test where none may be mounted."""
     folder.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
     if mounted.returncode != 0:
-        pytest.skip("mounting a small disk takes root")
+        pytest.skip(f"a small disk cannot be mounted, which takes root: {mounted.stderr.strip()}")
     try:
         yield
     finally:
