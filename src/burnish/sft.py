@@ -266,7 +266,7 @@ class SFT:
                 raise
             return
         recipe, parallel = self.recipe, self.recipe.parallel
-        phase(f"rows: {', '.join(source.name for source in self.parts.corpus.sources)}")
+        phase(f"rows: {', '.join(dict.fromkeys(source.name for source in self.parts.corpus.sources))}")
         if recipe.data.renderer is not None:
             phase(f"plug-ins imported: {recipe.data.renderer}")
         found = self.parts.loaded.folder.absolute()

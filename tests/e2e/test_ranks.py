@@ -189,7 +189,7 @@ def note_reading() -> None:
 def test_a_start_says_what_is_done_by_whom(workshop: Workshop) -> None:
     (workshop.folder / "our_renderer.py").write_text(RENDERER)
     recipe = str(workshop.recipe(**{**FULL, "checkpoint": {"every": 1, "export": "never"}}))
-    keys = ["data.renderer=our_renderer.render", "train.steps=2"]
+    keys = ["data.renderer=our_renderer.render", "train.steps=2", "data.validation=0.2"]
     workshop.burnish("sft", recipe, *keys, world=2)
     (workshop.folder / "runs/a/summary.json").unlink()
     workshop.before = note_reading
@@ -201,7 +201,7 @@ def test_a_start_says_what_is_done_by_whom(workshop: Workshop) -> None:
     of_rank += ["checkpoint verified: ", "checkpoint loaded: ", "ready ("]
     said = [line.partition("pid ")[2].partition(": ")[2] for line in again.splitlines() if " pid " in line]
     expected = [
-        "rows: train, held",
+        "rows: train (",  # once, though it is held out from as well
         "plug-ins imported: our_renderer.render",
         "ranks up: 2",
         *of_rank,
